@@ -1,0 +1,198 @@
+"""A synchronous client for language models that a script can depend on.
+
+    from LLM import LLM, LLMConfig
+
+    with LLM(LLMConfig(model="openai/gpt-4o-mini")) as llm:
+        print(llm.chat_completion([{"role": "user", "content": "Hello!"}]).text)
+
+The names are imported when they are first used, so that `import LLM` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from LLM.client import LLM as LLM
+    from LLM.config import LLMConfig as LLMConfig
+    from LLM.errors import (
+        Attempt as Attempt,
+    )
+    from LLM.errors import (
+        ErrorInfo as ErrorInfo,
+    )
+    from LLM.errors import (
+        ErrorType as ErrorType,
+    )
+    from LLM.errors import (
+        LLMAPIError as LLMAPIError,
+    )
+    from LLM.errors import (
+        LLMAuthenticationError as LLMAuthenticationError,
+    )
+    from LLM.errors import (
+        LLMBudgetError as LLMBudgetError,
+    )
+    from LLM.errors import (
+        LLMCancelledError as LLMCancelledError,
+    )
+    from LLM.errors import (
+        LLMConfigError as LLMConfigError,
+    )
+    from LLM.errors import (
+        LLMConnectionError as LLMConnectionError,
+    )
+    from LLM.errors import (
+        LLMContentFilterError as LLMContentFilterError,
+    )
+    from LLM.errors import (
+        LLMContextLengthError as LLMContextLengthError,
+    )
+    from LLM.errors import (
+        LLMError as LLMError,
+    )
+    from LLM.errors import (
+        LLMInvalidRequestError as LLMInvalidRequestError,
+    )
+    from LLM.errors import (
+        LLMNotFoundError as LLMNotFoundError,
+    )
+    from LLM.errors import (
+        LLMQuotaError as LLMQuotaError,
+    )
+    from LLM.errors import (
+        LLMRateLimitError as LLMRateLimitError,
+    )
+    from LLM.errors import (
+        LLMResponseError as LLMResponseError,
+    )
+    from LLM.errors import (
+        LLMServerError as LLMServerError,
+    )
+    from LLM.errors import (
+        LLMStreamError as LLMStreamError,
+    )
+    from LLM.errors import (
+        LLMTimeoutError as LLMTimeoutError,
+    )
+    from LLM.errors import (
+        classify_error as classify_error,
+    )
+    from LLM.policies.retry import RetryPolicy as RetryPolicy
+    from LLM.policies.retry import retry_with_backoff as retry_with_backoff
+    from LLM.stream import Stream as Stream
+    from LLM.types import (
+        UNSET as UNSET,
+    )
+    from LLM.types import (
+        ChatCompletionResponse as ChatCompletionResponse,
+    )
+    from LLM.types import (
+        Choice as Choice,
+    )
+    from LLM.types import (
+        CompletionChoice as CompletionChoice,
+    )
+    from LLM.types import (
+        CompletionResponse as CompletionResponse,
+    )
+    from LLM.types import (
+        EventType as EventType,
+    )
+    from LLM.types import (
+        FunctionCall as FunctionCall,
+    )
+    from LLM.types import (
+        Message as Message,
+    )
+    from LLM.types import (
+        ModelInfo as ModelInfo,
+    )
+    from LLM.types import (
+        ModelsResponse as ModelsResponse,
+    )
+    from LLM.types import (
+        Reply as Reply,
+    )
+    from LLM.types import (
+        StreamEvent as StreamEvent,
+    )
+    from LLM.types import (
+        TextDelta as TextDelta,
+    )
+    from LLM.types import (
+        TokenUsage as TokenUsage,
+    )
+    from LLM.types import (
+        ToolCall as ToolCall,
+    )
+    from LLM.types import (
+        Unset as Unset,
+    )
+
+_MODULES = {
+    "LLM.client": ("LLM",),
+    "LLM.config": ("LLMConfig",),
+    "LLM.errors": (
+        "Attempt",
+        "ErrorInfo",
+        "ErrorType",
+        "LLMAPIError",
+        "LLMAuthenticationError",
+        "LLMBudgetError",
+        "LLMCancelledError",
+        "LLMConfigError",
+        "LLMConnectionError",
+        "LLMContentFilterError",
+        "LLMContextLengthError",
+        "LLMError",
+        "LLMInvalidRequestError",
+        "LLMNotFoundError",
+        "LLMQuotaError",
+        "LLMRateLimitError",
+        "LLMResponseError",
+        "LLMServerError",
+        "LLMStreamError",
+        "LLMTimeoutError",
+        "classify_error",
+    ),
+    "LLM.policies.retry": ("RetryPolicy", "retry_with_backoff"),
+    "LLM.stream": ("Stream",),
+    "LLM.types": (
+        "UNSET",
+        "ChatCompletionResponse",
+        "Choice",
+        "CompletionChoice",
+        "CompletionResponse",
+        "EventType",
+        "FunctionCall",
+        "Message",
+        "ModelInfo",
+        "ModelsResponse",
+        "Reply",
+        "StreamEvent",
+        "TextDelta",
+        "TokenUsage",
+        "ToolCall",
+        "Unset",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - one table of names, not two
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

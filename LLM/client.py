@@ -1,0 +1,500 @@
+"""LLM: the client."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, cast, overload
+
+from LLM.clock import Clock
+from LLM.config import (
+    LLMConfig,
+    check_headers,
+    checked_positive,
+    checked_seconds,
+    checked_temperature,
+)
+from LLM.errors import LLMConfigError, LLMError
+from LLM.forks import renew_after_fork
+from LLM.pipeline import Done, Job, build_pipeline, observe, retry
+from LLM.policies.retry import RetryPolicy, as_policy
+from LLM.providers.base import Call, Target
+from LLM.providers.targets import DIALECTS, address, find_target
+from LLM.stream import Stream
+from LLM.transport import Transport
+from LLM.types import (
+    UNSET,
+    Answer,
+    ChatCompletionResponse,
+    CompletionResponse,
+    Message,
+    ModelsResponse,
+    Reply,
+    Unset,
+)
+
+log = logging.getLogger("LLM")
+
+Messages = Iterable[Message | Mapping[str, Any]]
+OnError = Literal["raise", "event"]
+
+
+class _Options(NamedTuple):
+    """The arguments of a call that are not fields of its body."""
+
+    model: str | None
+    provider: str | None
+    stream: bool
+    timeout: float | Unset | None
+    deadline: float | Unset | None
+    headers: Mapping[str, str] | None
+    body: Mapping[str, Any] | None
+
+
+def _check(name: str, check: Callable[[Any], object], value: Any) -> None:
+    problem = ""
+    try:
+        check(value)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise LLMConfigError(f"{name} {problem}")
+
+
+def _is_lazy(messages: object) -> bool:
+    """An iterator, which can be read only once."""
+    return isinstance(messages, Iterator)
+
+
+class _Ledger:
+    """What a client counts and remembers; shared by the clients made `with_options` of it."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        self.reset()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def reset(self) -> None:
+        with self._lock:
+            self.calls = 0
+        self._last = threading.local()
+
+    def count(self) -> None:
+        with self._lock:
+            self.calls += 1
+
+    def note(self, outcome: Done | Stream) -> None:
+        self._last.answer = outcome.answer if isinstance(outcome, Done) else outcome
+
+    @property
+    def last(self) -> Answer | None:
+        found = getattr(self._last, "answer", None)
+        return found.response if isinstance(found, Stream) else found
+
+
+class LLM:
+    """A client for language models; create one, share it between all threads.
+
+    Nothing is opened before the first call. After `close()` a later call opens a new pool.
+
+    Args:
+        config: the settings; left out: the defaults.
+        session: a `requests.Session` of your own: its adapters, hooks and proxies are used. Its
+            authentication, cookies and redirects are not, and `close()` does not close it.
+        retries: a `RetryPolicy`, or any `urllib3.util.Retry`, in place of the config's retry settings.
+        settings: settings by name, as shortcuts: `LLM(model="openai/gpt-4o")`; they beat the config's.
+
+    Raises:
+        LLMConfigError: a setting is unknown or cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: LLMConfig | None = None,
+        *,
+        session: Any = None,
+        retries: Any = None,
+        **settings: Any,
+    ) -> None:
+        if config is None:
+            config = LLMConfig(**settings)
+        elif not isinstance(config, LLMConfig):
+            raise TypeError(f"config must be an LLMConfig, not {type(config).__name__}")
+        elif settings:
+            config = config.replace(**settings)
+        self.config = config
+        self._retries = retries
+        self._clock = Clock()
+        self._ledger = _Ledger()
+        self._transport = Transport(config, session)
+        self._closed = False
+        self._assemble()
+        where = find_target(config)
+        log.info("client created: %s at %s", where.host.name, address(where))
+
+    def _assemble(self) -> None:
+        config, clock = self.config, self._clock
+        policy = (
+            as_policy(self._retries)
+            if self._retries is not None
+            else RetryPolicy(
+                config.max_retries,
+                delay=config.retry_delay,
+                jitter=config.retry_jitter,
+                max_delay=config.max_retry_delay,
+            )
+        )
+        # The order of the journey, outermost first.
+        layers = (observe(clock, self._ledger.note), retry(policy, clock))
+        self._handle = build_pipeline(self._transport, clock, layers)
+        self._targets: dict[tuple[str | None, str | None], Target] = {}
+
+    @overload
+    def chat_completion(
+        self,
+        messages: Messages,
+        temperature: float | Unset | None = ...,
+        max_tokens: int | Unset | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> ChatCompletionResponse: ...
+    @overload
+    def chat_completion(
+        self,
+        messages: Messages,
+        temperature: float | Unset | None = ...,
+        max_tokens: int | Unset | None = ...,
+        *,
+        stream: Literal[True],
+        **kwargs: Any,
+    ) -> Stream: ...
+
+    def chat_completion(
+        self,
+        messages: Messages,
+        temperature: float | Unset | None = UNSET,
+        max_tokens: int | Unset | None = UNSET,
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        tools: Sequence[Any] | None = None,
+        stream: bool = False,
+        timeout: float | Unset | None = UNSET,
+        deadline: float | Unset | None = UNSET,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> ChatCompletionResponse | Stream:
+        """Ask for the next message of a conversation.
+
+        Args:
+            messages: `Message`s or plain dicts in OpenAI's form, for every provider; never changed.
+            temperature: 0.0 to 2.0; left out: the config's; `None`: the model's own default.
+            max_tokens: largest answer in tokens; left out: the config's; `None`: no limit is sent.
+            model: another model for this call, perhaps on another host: `"anthropic/claude-…"`.
+            provider: another host for this call, by name.
+            tools: tools in OpenAI's form that the model may call.
+            stream: give a `Stream` instead of waiting for the whole answer.
+            timeout: seconds for one attempt, or between two events; left out: the config's; `None`:
+                no limit.
+            deadline: seconds for the whole call; left out: the config's; `None`: no limit.
+            extra_headers: added to the request; may not carry a credential.
+            extra_body: fields put into the body as they are, over everything else.
+            kwargs: further fields of the body (`top_p=…`, `stop=…`, `seed=…`); `None` leaves one out.
+
+        Returns:
+            A `ChatCompletionResponse`, or with `stream=True` a `Stream` whose first event has come.
+
+        Raises:
+            LLMConfigError: the call cannot be made as it is; nothing was sent.
+            LLMError: it failed, after the retries that could help; `.history` tells of each attempt.
+        """
+        params = {"temperature": temperature, "max_tokens": max_tokens, "tools": tools, **kwargs}
+        options = _Options(model, provider, stream, timeout, deadline, extra_headers, extra_body)
+        return cast(
+            "ChatCompletionResponse | Stream", self._call("chat", messages, params, options)
+        )
+
+    def stream(
+        self,
+        messages: Messages,
+        temperature: float | Unset | None = UNSET,
+        max_tokens: int | Unset | None = UNSET,
+        *,
+        on_error: OnError = "raise",
+        **kwargs: Any,
+    ) -> Stream:
+        """Ask like `chat_completion`, and get the answer as it comes.
+
+        Args:
+            on_error: `"event"`: a failure, even of the very first attempt, is the stream's last event
+                (`ERROR`) and is not raised.
+            kwargs: everything else that `chat_completion` takes.
+
+        Returns:
+            A `Stream` whose first event has come.
+        """
+        if on_error not in ("raise", "event"):
+            raise LLMConfigError(f"on_error is {on_error!r}; it must be 'raise' or 'event'")
+        try:
+            stream: Stream = self.chat_completion(
+                messages, temperature, max_tokens, **{**kwargs, "stream": True}
+            )
+        except LLMError as error:
+            if on_error == "raise":
+                raise
+            return Stream.failed(error, self._clock)
+        stream.raise_errors(on_error == "raise")
+        return stream
+
+    @overload
+    def completion(
+        self,
+        prompt: str | Sequence[Any],
+        temperature: float | Unset | None = ...,
+        max_tokens: int | Unset | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> CompletionResponse: ...
+    @overload
+    def completion(
+        self,
+        prompt: str | Sequence[Any],
+        temperature: float | Unset | None = ...,
+        max_tokens: int | Unset | None = ...,
+        *,
+        stream: Literal[True],
+        **kwargs: Any,
+    ) -> Stream: ...
+
+    def completion(
+        self,
+        prompt: str | Sequence[Any],
+        temperature: float | Unset | None = UNSET,
+        max_tokens: int | Unset | None = UNSET,
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        stream: bool = False,
+        timeout: float | Unset | None = UNSET,
+        deadline: float | Unset | None = UNSET,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> CompletionResponse | Stream:
+        """Continue a text. Anthropic has no such endpoint; there the prompt is sent as one message.
+
+        Args:
+            prompt: a text, or a list of texts (or of token numbers) where the server takes one.
+            kwargs: further fields of the body; the other arguments are those of `chat_completion`.
+
+        Returns:
+            A `CompletionResponse` with one choice for each prompt, or with `stream=True` a `Stream`.
+
+        Raises:
+            LLMError: as `chat_completion`.
+        """
+        params = {"temperature": temperature, "max_tokens": max_tokens, **kwargs}
+        options = _Options(model, provider, stream, timeout, deadline, extra_headers, extra_body)
+        return cast(
+            "CompletionResponse | Stream", self._call("completion", prompt, params, options)
+        )
+
+    def list_models(
+        self,
+        *,
+        provider: str | None = None,
+        timeout: float | Unset | None = UNSET,
+        deadline: float | Unset | None = UNSET,
+        extra_headers: Mapping[str, str] | None = None,
+    ) -> ModelsResponse:
+        """The models that a host serves.
+
+        Args:
+            provider: another host than the config's, by name.
+
+        Returns:
+            A `ModelsResponse`; iterate it, or look at `.data[i].id`.
+
+        Raises:
+            LLMError: as `chat_completion`.
+        """
+        model = "any" if provider is not None else None  # no model is asked
+        options = _Options(model, provider, False, timeout, deadline, extra_headers, None)
+        return cast("ModelsResponse", self._call("models", None, {}, options))
+
+    def generate(
+        self, messages_or_text: str | Messages, *, system: str | None = None, **kwargs: Any
+    ) -> Reply:
+        """Ask, and get a plain value whatever happens: an `LLMError` is never raised.
+
+        Args:
+            messages_or_text: messages, or just what the user says.
+            system: a system message put before them.
+            kwargs: everything else that `chat_completion` takes but `stream`.
+
+        Returns:
+            A `Reply`; `.success` says which kind, `.error_message` what went wrong.
+        """
+        started = self._clock.now()
+        given: Any = messages_or_text
+        if isinstance(given, str):
+            given = [{"role": "user", "content": given}]
+        if system is not None and isinstance(given, Iterable):
+            given = [{"role": "system", "content": system}, *given]
+        kwargs.pop("stream", None)
+        try:
+            response = self.chat_completion(given, **kwargs)
+        except LLMError as error:
+            return Reply(
+                success=False,
+                error=error,
+                error_message=str(error),
+                provider=error.provider,
+                model=error.model,
+                latency_ms=(self._clock.now() - started) * 1000,
+            )
+        usage = response.usage
+        return Reply(
+            content=response.text,
+            provider=response.provider,
+            model=response.model,
+            input_tokens=usage.prompt_tokens if usage else None,
+            output_tokens=usage.completion_tokens if usage else None,
+            total_tokens=usage.total_tokens if usage else None,
+            finish_reason=response.finish_reason,
+            latency_ms=response.latency_ms,
+            tool_calls=response.tool_calls,
+        )
+
+    def get_last_response(self) -> Any:
+        """The last response of this thread, a stream's once it is over; `None` if there is none."""
+        return self._ledger.last
+
+    def get_request_count(self) -> int:
+        """Calls made since the start or the last reset; retries are attempts of one call."""
+        return self._ledger.calls
+
+    def reset_session(self) -> None:
+        """A fresh connection pool, counter 0, no last response. Running calls finish on the old pool."""
+        self._transport.renew()
+        self._ledger.reset()
+        log.info("session reset")
+
+    def with_options(self, **changes: Any) -> LLM:
+        """A client with changed settings over the same pool, counter and last response.
+
+        Args:
+            changes: settings by name, and `retries`; those of the pool itself (`pool_size`, `verify`,
+                `cert`, `proxies`) cannot change.
+
+        Raises:
+            LLMConfigError: a setting is unknown, cannot be used, or belongs to the pool.
+        """
+        fixed = sorted({"pool_size", "verify", "cert", "proxies"} & changes.keys())
+        if fixed:
+            raise LLMConfigError(f"{', '.join(fixed)} belong to the pool; make a client of its own")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        if "retries" in changes:
+            other._retries = changes.pop("retries")
+        elif changes.keys() & {"max_retries", "retry_delay", "retry_jitter", "max_retry_delay"}:
+            other._retries = None
+        other.config = self.config.replace(**changes)
+        other._assemble()
+        return other
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed and not used since."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close all connections, those of abandoned streams too. A later call opens new ones."""
+        self._transport.close()
+        if not self._closed:
+            self._closed = True
+            log.info("closed")
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        target = find_target(self.config)
+        return f"LLM(model={target.model!r}, base_url={target.base_url!r})"
+
+    def _call(self, endpoint: str, subject: Any, params: dict[str, Any], options: _Options) -> Any:
+        """The one way for a call through the house."""
+        started = self._clock.now()
+        call = self._describe(endpoint, subject, params, options, started)
+        provider = DIALECTS[call.target.host.dialect]
+        job = Job(call, provider, provider.build(call), started)
+        self._ledger.count()
+        self._closed = False
+        outcome = self._handle(job)
+        return outcome.answer if isinstance(outcome, Done) else outcome
+
+    def _describe(
+        self,
+        endpoint: str,
+        subject: Any,
+        params: dict[str, Any],
+        options: _Options,
+        started: float,
+    ) -> Call:
+        """What was asked for, checked: left-out arguments take the config's values."""
+        config = self.config
+        sampled_by_default = False
+        if params.get("temperature") is UNSET:
+            params["temperature"] = config.temperature
+            sampled_by_default = not config.is_set("temperature")
+        if params.get("max_tokens") is UNSET:
+            params["max_tokens"] = config.max_tokens
+        timeout = config.timeout if options.timeout is UNSET else options.timeout
+        deadline = config.deadline if options.deadline is UNSET else options.deadline
+        _check("temperature", checked_temperature, params.get("temperature"))
+        _check("max_tokens", checked_positive, params.get("max_tokens"))
+        _check("timeout", checked_seconds, timeout)
+        _check("deadline", checked_seconds, deadline)
+        headers = config.default_headers
+        if options.headers:
+            _check("extra_headers", check_headers, options.headers)
+            headers = {**headers, **options.headers}
+        return Call(
+            endpoint=endpoint,
+            target=self._target(options.model, options.provider),
+            subject=subject if not _is_lazy(subject) else list(subject),
+            params=params,
+            sampled_by_default=sampled_by_default,
+            stream=options.stream,
+            headers=headers,
+            extra_body=options.body or {},
+            timeout=timeout,
+            connect_timeout=config.connect_timeout
+            if timeout is None
+            else min(config.connect_timeout, timeout),
+            deadline_at=None if deadline is None else started + deadline,
+            max_response_bytes=config.max_response_bytes,
+            idempotency_key=self._clock.new_id(),
+        )
+
+    def _target(self, model: str | None, provider: str | None) -> Target:
+        target = self._targets.get((model, provider))
+        if target is None:
+            target = self._targets[model, provider] = find_target(self.config, model, provider)
+        return target

@@ -1,0 +1,47 @@
+"""Time, sleep and chance as an object, so that nothing else reads or draws them directly."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from datetime import datetime, timezone
+
+from LLM.forks import renew_after_fork
+
+
+class Clock:
+    """The real clock. Tests hand in one of their own with the same methods."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never jumps; only differences mean anything."""
+        return time.monotonic()
+
+    def utc(self) -> datetime:
+        """The date and time, for what is a date on the wire (`Retry-After`)."""
+        return utc_now()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, at least `seconds` (0 and less: not at all)."""
+        if seconds > 0:
+            time.sleep(seconds)
+
+    def new_id(self) -> str:
+        """A string that no other call of any process has."""
+        return uuid.uuid4().hex
+
+
+def utc_now() -> datetime:
+    """The date and time, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+class Chance(random.Random):
+    """A generator of one's own, seeded by the operating system; a forked child draws its own numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self.seed()

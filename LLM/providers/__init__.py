@@ -1,0 +1,1 @@
+"""Providers: pure functions between calls and the wire."""

@@ -1,0 +1,502 @@
+"""What a provider is: pure functions from a call to the wire and back. And the values they exchange."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import pydantic_core
+from pydantic import SecretStr, ValidationError
+
+from LLM.errors import (
+    RETRIABLE_STATUSES,
+    LLMAPIError,
+    LLMConfigError,
+    LLMContextLengthError,
+    LLMQuotaError,
+    LLMRateLimitError,
+    LLMResponseError,
+    error_class,
+    parse_retry_after,
+)
+from LLM.providers.hosts import Host
+from LLM.types import (
+    Answer,
+    EventType,
+    Message,
+    StreamEvent,
+    TextDelta,
+    TokenUsage,
+    ToolCall,
+)
+
+# How much of an error's body is kept; enough for any message, little enough for any log.
+MAX_ERROR_BODY = 64 * 1024
+_MAX_MESSAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a call goes: a host at an address, a model there, and the key for it."""
+
+    host: Host
+    base_url: str
+    model: str
+    key: SecretStr | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the user asked for.
+
+    Attributes:
+        endpoint: `chat`, `completion` or `models`.
+        subject: the messages or the prompt; `None` for `models`.
+        params: body fields as given; those that are `None` are left out.
+        sampled_by_default: the temperature is only our default, not the user's wish.
+        timeout: seconds for one attempt, or between content events of a stream; `None`: no limit.
+        deadline_at: the clock's time at which the whole call must be over, or `None`.
+        idempotency_key: the same for all attempts.
+    """
+
+    endpoint: str
+    target: Target
+    subject: Any
+    params: Mapping[str, Any]
+    sampled_by_default: bool
+    stream: bool
+    headers: Mapping[str, str]
+    extra_body: Mapping[str, Any]
+    timeout: float | None
+    connect_timeout: float
+    deadline_at: float | None
+    max_response_bytes: int
+    idempotency_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class WireRequest:
+    """One HTTP request, but for its credential, which only the transport puts in."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes | None
+    credential: tuple[str, str] | None = None  # (header, what stands before the key)
+    key: SecretStr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireResponse:
+    """One HTTP response, read whole; names of `headers` are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class EventDecoder(Protocol):
+    """Turns the server-sent events of one stream into ours, and remembers what came.
+
+    Attributes:
+        ended: the end marker has come; nothing after it counts.
+        complete: the end marker or a finish reason has come.
+        progress: grows with every piece of content, also of calls that are not whole yet.
+    """
+
+    ended: bool
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def progress(self) -> int: ...
+
+    @property
+    def usage(self) -> TokenUsage | None: ...
+
+    def feed(self, name: bytes, data: bytes) -> list[StreamEvent]:
+        """The events in one server-sent event.
+
+        Raises:
+            LLMAPIError: the server reports an error, or sends what is not an event.
+        """
+        ...
+
+    def finish(self) -> list[StreamEvent]:
+        """The last events, once the stream is complete."""
+        ...
+
+    def response(self) -> Answer | None:
+        """What came so far, folded into a response; `None` if nothing did."""
+        ...
+
+
+class Provider(Protocol):
+    """A dialect."""
+
+    def build(self, call: Call) -> WireRequest:
+        """The request for a call.
+
+        Raises:
+            LLMConfigError: the call cannot be said in this dialect.
+        """
+        ...
+
+    def parse(self, call: Call, response: WireResponse) -> Answer:
+        """The value of a 2xx response.
+
+        Raises:
+            LLMResponseError: it is not what was agreed.
+        """
+        ...
+
+    def error(self, call: Call, response: WireResponse) -> LLMAPIError:
+        """What any other response means."""
+        ...
+
+    def decoder(self, call: Call) -> EventDecoder:
+        """A fresh decoder for one stream."""
+        ...
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """`body` as JSON.
+
+    Raises:
+        LLMConfigError: something in it is not JSON; the message says where.
+    """
+    try:
+        text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode()
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise LLMConfigError(f"{_not_json(body, '')} is not JSON and cannot be sent")
+
+
+def _not_json(value: Any, path: str, depth: int = 0) -> str:
+    """Where in `value` the first thing is that JSON cannot say, and what it is."""
+    if depth > 50:  # deeper than any request; a cycle
+        return f"{path[:60]}… (it contains itself, or is nested too deeply)"
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = ((f"{path}.{key}" if path else str(key), inner) for key, inner in value.items())
+    elif isinstance(value, (list, tuple)):
+        items = ((f"{path}[{index}]", inner) for index, inner in enumerate(value))
+    else:
+        what = "a number that is not finite" if isinstance(value, float) else type(value).__name__
+        what = "text with half a surrogate pair" if isinstance(value, str) else what
+        return f"{path} ({what})"
+    for inner_path, inner in items:
+        try:
+            json.dumps(inner, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            return _not_json(inner, inner_path, depth + 1)
+    return path  # a key that is not a string
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """The caller's messages as new plain dicts; the caller's own are never touched.
+
+    Raises:
+        LLMConfigError: they are not messages; says which one and why.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__iter__"):
+        raise LLMConfigError(
+            f"messages must be a list of messages, not {type(messages).__name__}; "
+            'write [{"role": "user", "content": "…"}]'
+        )
+    plain = [plain_message(message, index) for index, message in enumerate(messages)]
+    if not plain:
+        raise LLMConfigError("messages is empty; give at least one message")
+    return plain
+
+
+def plain_message(message: Any, index: int) -> dict[str, Any]:
+    if isinstance(message, Message):
+        given = message.model_dump(exclude_none=True)
+    elif isinstance(message, Mapping):
+        given = {
+            key: [dump(item) for item in value] if isinstance(value, list) else value
+            for key, value in message.items()
+        }
+    else:
+        raise LLMConfigError(
+            f"messages[{index}] is a {type(message).__name__}, not a Message or a dict"
+        )
+    role = given.get("role")
+    if not isinstance(role, str) or not role:
+        raise LLMConfigError(f"messages[{index}] has no role; give 'user', 'assistant' or 'system'")
+    if "content" not in given and not given.get("tool_calls"):
+        if role != "assistant":
+            raise LLMConfigError(f"messages[{index}] (role {role!r}) has no content")
+        given["content"] = None
+    return given
+
+
+def dump(value: Any) -> Any:
+    """A pydantic value as a plain one; anything else as it is."""
+    return value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON as real servers send it.
+
+    Raises:
+        ValueError: it is none; also where `json` raises RecursionError.
+    """
+    try:
+        return pydantic_core.from_json(data)
+    except ValueError:
+        pass
+    # What the quick parser refuses though it is harmless: a byte order mark, UTF-16, broken UTF-8,
+    # half a surrogate pair (which would only fail later, in `print`), a very long integer.
+    try:
+        text = data.decode(json.detect_encoding(data), "replace").removeprefix("\ufeff")
+        return mend_surrogates(json.loads(text, parse_int=_lenient_int))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _lenient_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
+def mend_surrogates(value: Any) -> Any:
+    """`value` with each half surrogate pair replaced by U+FFFD, as a decoder would."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [mend_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {key: mend_surrogates(item) for key, item in value.items()}
+    return value
+
+
+def validate(model: type[Any], response: WireResponse, call: Call) -> Any:
+    """The body as an instance of `model`.
+
+    Raises:
+        LLMResponseError: it is not one; says what came instead.
+    """
+    try:
+        return model.model_validate_json(response.body)
+    except ValidationError:
+        pass
+    try:
+        value = parse_json(response.body)
+    except ValueError:
+        raise unexpected(call, response, "not JSON") from None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, found["loc"])) or "the answer"
+        problem = f"{where}: {found['msg']}"
+    raise unexpected(call, response, problem)
+
+
+def unexpected(call: Call, response: WireResponse, problem: str) -> LLMResponseError:
+    """The error for a 2xx answer that is not what was agreed."""
+    found = read_error(response.body)
+    kind = response.headers.get("content-type", "no content type")
+    shown = clean(found.message)[:200]
+    message = f"{call.target.base_url} answered {response.status} ({clean(kind)[:60]}), {problem}"
+    return LLMResponseError(
+        redact(f"{message}: {shown}" if shown else f"{message} (empty body)", call.target.key),
+        status_code=response.status,
+        body=error_text(response.body, call.target.key),
+        **origin(call, response.headers),
+    )
+
+
+class ErrorBody(NamedTuple):
+    """What an error answer says of itself; `None` and `""` where it does not."""
+
+    message: str
+    code: str | int | None = None
+    type: str | None = None
+    param: str | None = None
+    found: bool = False  # it is one of the known shapes of an error
+
+
+def read_error(body: bytes) -> ErrorBody:
+    """An error answer in any of the shapes that real servers send. Never raises."""
+    text = body[:MAX_ERROR_BODY].decode("utf-8", "replace").strip()
+    try:
+        value = parse_json(body[:MAX_ERROR_BODY])
+    except ValueError:
+        return ErrorBody(_html_title(text) or text)
+    return read_error_value(value) or ErrorBody(text)
+
+
+def read_error_value(value: Any) -> ErrorBody | None:
+    """The same for parsed JSON; `None` if it is no error."""
+    if isinstance(value, list) and value:  # Gemini wraps its error in a list
+        value = value[0]
+    if not isinstance(value, dict):
+        return None
+    for name in ("error", "errors", "detail", "message"):
+        inner = value.get(name)
+        if isinstance(inner, list) and inner and name != "message":  # FastAPI's validation errors
+            inner = inner[0]
+        if isinstance(inner, str) and inner:
+            return ErrorBody(inner, value.get("code"), _text(value.get("type")), None, True)
+        if isinstance(inner, dict) and inner:
+            message = inner.get("message") or inner.get("msg") or inner.get("detail") or ""
+            code = inner.get("code")
+            return ErrorBody(
+                message
+                if isinstance(message, str) and message
+                else json.dumps(inner)[:_MAX_MESSAGE],
+                code if isinstance(code, (str, int)) else None,
+                _text(inner.get("type")) or _text(inner.get("status")),
+                _text(inner.get("param")),
+                True,
+            )
+    return None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _html_title(text: str) -> str | None:
+    lower = text[:4096].lower()
+    if not lower.startswith(("<!doctype", "<html", "<head")):
+        return None
+    start, end = lower.find("<title>"), lower.find("</title>")
+    title = text[start + 7 : end].strip() if 0 <= start < end else ""
+    return f"an HTML page{f' titled {title!r}' if title else ''}"
+
+
+def api_error(
+    call: Call,
+    response: WireResponse,
+    found: ErrorBody,
+    wording: tuple[tuple[str, type[LLMAPIError]], ...],
+) -> LLMAPIError:
+    """An error answer as the right exception: structured code, then status, then wording.
+
+    Args:
+        wording: what a dialect's servers say where they give no code, and what it means.
+    """
+    status, headers = response.status, response.headers
+    in_stream = status < 400
+    cls = error_class(None if in_stream else status, found.code, found.type) or LLMAPIError
+    if not issubclass(cls, (LLMContextLengthError, LLMQuotaError)):
+        said = found.message.lower()
+        cls = next((meant for words, meant in wording if words in said), cls)
+    details: dict[str, Any] = {}
+    if issubclass(cls, LLMRateLimitError):
+        details["limit"] = _which_limit(found, headers)
+    retriable = cls.retriable if in_stream else status in RETRIABLE_STATUSES
+    if cls is LLMQuotaError or (not cls.retriable and status not in (408, 409)):
+        retriable = False
+    should_retry = headers.get("x-should-retry")
+    if should_retry in ("true", "false"):
+        retriable = should_retry == "true"
+    if 300 <= status < 400:
+        place = headers.get("location", "nowhere")
+        text = f"redirected to {clean(place)[:200]}, which is not followed; set base_url to it if it is right"
+    else:
+        text = clean(found.message)[:_MAX_MESSAGE] or "no message"
+    prefix = (
+        f"{call.target.host.name}"
+        if in_stream and status < 300
+        else f"{call.target.host.name} {status}"
+    )
+    return cls(
+        redact(f"{prefix}: {text}", call.target.key),
+        status_code=None if in_stream and status < 300 else status,
+        code=found.code,
+        type=found.type,
+        param=found.param,
+        body=error_text(response.body, call.target.key),
+        retriable=retriable,
+        suggested_wait=parse_retry_after(headers),
+        **origin(call, headers),
+        **details,
+    )
+
+
+def _which_limit(found: ErrorBody, headers: Mapping[str, str]) -> str | None:
+    for word in (found.type, found.code):
+        if word in ("requests", "tokens"):
+            return str(word)
+    for limit in ("requests", "tokens", "input-tokens", "output-tokens"):
+        for prefix in ("x-ratelimit-remaining-", "anthropic-ratelimit-"):
+            suffix = "" if prefix.startswith("x-") else "-remaining"
+            if headers.get(f"{prefix}{limit}{suffix}") == "0":
+                return "tokens" if "tokens" in limit else "requests"
+    said = found.message.lower()
+    for words, limit in (("tokens per", "tokens"), ("requests per", "requests")):
+        if words in said:
+            return limit
+    return None
+
+
+def origin(call: Call, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Who answered, for an error."""
+    return {
+        "provider": call.target.host.name,
+        "model": call.target.model,
+        "request_id": request_id(headers),
+    }
+
+
+def request_id(headers: Mapping[str, str]) -> str | None:
+    return headers.get("x-request-id") or headers.get("request-id")
+
+
+def clean(text: str) -> str:
+    """A server's text on one line, its control characters made visible and harmless."""
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def redact(text: str, key: SecretStr | None) -> str:
+    """`text` without the key, should a server echo it."""
+    secret = key.get_secret_value() if key else ""
+    return text.replace(secret, "***") if len(secret) >= 4 else text
+
+
+def error_text(body: bytes, key: SecretStr | None) -> str:
+    """What is kept of an error's body."""
+    return redact(body[:MAX_ERROR_BODY].decode("utf-8", "replace"), key)
+
+
+@dataclass(slots=True)
+class PartialToolCall:
+    """A tool call whose arguments are still coming."""
+
+    id: str | None = None
+    name: str = ""
+    arguments: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    handed_over: bool = False
+
+    def whole(self) -> ToolCall:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return ToolCall.model_validate({**self.extra, "id": self.id, "function": function})
+
+
+def text_event(text: str) -> StreamEvent:
+    return StreamEvent(EventType.TEXT_DELTA, TextDelta(text))
+
+
+def reasoning_event(text: str) -> StreamEvent:
+    return StreamEvent(EventType.REASONING_DELTA, reasoning_delta=text)
+
+
+def tool_event(call: PartialToolCall) -> StreamEvent:
+    call.handed_over = True
+    return StreamEvent(EventType.TOOL_CALL, tool_call=call.whole())
+
+
+def complete_event(finish_reason: str | None, usage: TokenUsage | None) -> StreamEvent:
+    return StreamEvent(EventType.MESSAGE_COMPLETE, finish_reason=finish_reason, usage=usage)

@@ -1,0 +1,330 @@
+"""Stream: iterate, accumulate, close. What a server says piece by piece, and one response at the end."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Protocol
+
+from LLM.clock import Clock
+from LLM.errors import (
+    Attempt,
+    LLMAPIError,
+    LLMCancelledError,
+    LLMError,
+    LLMResponseError,
+    LLMStreamError,
+)
+from LLM.providers import base
+from LLM.providers.base import Call, EventDecoder, Provider, WireResponse
+from LLM.sse import EventTooLargeError, SSEDecoder
+from LLM.types import Answer, CallInfo, EventType, StreamEvent, TokenUsage
+
+# Seconds that a stream which has given its finish reason waits for more (usage, the end marker): some
+# servers send neither and do not close.
+_AFTERWORD = 5.0
+
+
+class ByteStream(Protocol):
+    """What a stream reads from; the transport makes it."""
+
+    status: int
+    headers: dict[str, str]
+
+    def expect(self, seconds: float | None = None) -> None: ...
+    def rest(self) -> None: ...
+    def read(self) -> bytes: ...
+    def finish(self) -> None: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Source:
+    """The wire, the decoders and who wants to know of the end; outlives an abandoned `Stream`."""
+
+    def __init__(self, wire: ByteStream, provider: Provider, call: Call) -> None:
+        self.wire = wire
+        self.provider = provider
+        self.call = call
+        self.decoder: EventDecoder = provider.decoder(call)
+        self.callbacks: list[Callable[[TokenUsage | None], None]] = []
+        self.over = False
+
+    def end(self) -> None:
+        """Close, and tell those who wait for the end; only the first time does anything."""
+        if self.over:
+            return
+        self.over = True
+        self.wire.close()
+        callbacks, self.callbacks = self.callbacks, []
+        for callback in callbacks:
+            callback(self.decoder.usage)
+
+
+class Stream:
+    """A streamed answer: an iterator of `StreamEvent`, and a context manager.
+
+    It ends after `MESSAGE_COMPLETE`. A stream that breaks or is cut raises an `LLMError` whose
+    `.partial` holds what came; with `on_error="event"` it ends with an `ERROR` event instead.
+
+    One thread iterates; any thread may `cancel()`. Left half-read, it is closed by `close()`, by the
+    end of its `with` block, or when nobody holds it any more.
+
+    Attributes:
+        time_to_first_token: seconds from the call to its first event, waits and failed attempts
+            included; `None` if none came.
+    """
+
+    def __init__(
+        self, source: _Source | None, *, info: CallInfo, started: float, clock: Clock
+    ) -> None:
+        self._source = source
+        self._info = info
+        self._started = started
+        self._clock = clock
+        self._ready: deque[StreamEvent] = deque()
+        self._failure: LLMError | None = None
+        self._raise = True
+        self._begun = False
+        self._said_all = False
+        self._answer: Answer | None = None
+        self.time_to_first_token: float | None = None
+        if source is not None:
+            self._call = source.call
+            self._provider = source.provider
+            self._decoder = source.decoder
+            self._wire = source.wire
+            self._framing = SSEDecoder(source.call.max_response_bytes)
+            self._finalizer = weakref.finalize(self, source.end)
+
+    @classmethod
+    def open(
+        cls, wire: ByteStream, provider: Provider, call: Call, *, started: float, clock: Clock
+    ) -> Stream:
+        """A stream whose first event has come: until then nothing was said, and a retry is possible."""
+        info = CallInfo(provider=call.target.host.name, request_id=base.request_id(wire.headers))
+        stream = cls(_Source(wire, provider, call), info=info, started=started, clock=clock)
+        try:
+            stream._refill()
+        except BaseException:
+            stream.close()
+            raise
+        if stream._failure is not None and not stream._ready:
+            failure, stream._failure = stream._failure, None
+            raise failure
+        stream.time_to_first_token = clock.now() - started
+        return stream
+
+    @classmethod
+    def failed(cls, error: LLMError, clock: Clock) -> Stream:
+        """A stream that says nothing but its error, as an event."""
+        stream = cls(None, info=CallInfo(provider=error.provider), started=clock.now(), clock=clock)
+        stream._fail(error)
+        stream.raise_errors(False)
+        return stream
+
+    def __iter__(self) -> Iterator[StreamEvent]:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        if not self._ready:
+            self._refill()
+            if not self._ready:
+                return self._end()
+        return self._ready.popleft()
+
+    def _end(self) -> StreamEvent:
+        failure, self._failure = self._failure, None
+        if failure is None:
+            raise StopIteration
+        if self._raise:
+            raise failure
+        return StreamEvent(EventType.ERROR, error=failure)
+
+    @property
+    def text_stream(self) -> Iterator[str]:
+        """The text alone, piece by piece."""
+        for event in self:
+            if event.text_delta is not None:
+                yield event.text_delta
+            elif event.error is not None:
+                raise event.error
+
+    @property
+    def response(self) -> Any:
+        """The whole answer as if it had not been streamed; reads the rest of the stream first.
+
+        Of a stream that failed or was closed, what came of it; `None` if nothing did.
+        """
+        for _ in self:
+            pass
+        return self._fold()
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """Tokens as far as the server has said; most say it at the end."""
+        return None if self._source is None else self._decoder.usage
+
+    @property
+    def provider(self) -> str | None:
+        return self._info.provider
+
+    @property
+    def request_id(self) -> str | None:
+        return self._info.request_id
+
+    @property
+    def attempts(self) -> int:
+        return len(self._info.history)
+
+    @property
+    def history(self) -> tuple[Attempt, ...]:
+        return self._info.history
+
+    def close(self) -> None:
+        """Stop reading. The connection is kept if the answer was whole, else closed."""
+        if self._source is not None:
+            self._source.end()
+
+    def cancel(self) -> None:
+        """Stop it from another thread: whoever iterates gets `LLMCancelledError`."""
+        if self._source is not None:
+            self._wire.cancel()
+
+    def when_done(self, callback: Callable[[TokenUsage | None], None]) -> None:
+        """Call back once, when the stream ends, fails or is closed, with the usage known by then."""
+        if self._source is None or self._source.over:
+            callback(self.usage)
+        else:
+            self._source.callbacks.append(callback)
+
+    def raise_errors(self, yes: bool) -> None:
+        """Whether a failure is raised, or handed over as the last event."""
+        self._raise = yes
+
+    def record(self, history: tuple[Attempt, ...]) -> None:
+        """Note the attempts that the call took."""
+        self._info.history = history
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _refill(self) -> None:
+        """Read until there is an event to hand over, or the end."""
+        if self._source is None or self._source.over or self._failure is not None:
+            return
+        try:
+            self._wire.expect()
+            while not self._ready and self._failure is None and not self._source.over:
+                self._read()
+            self._wire.rest()
+        except LLMError as error:
+            self._broken(error)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        heard = self._decoder.progress
+        data = self._wire.read()
+        if not self._begun and data:
+            data = self._begin(data)
+        try:
+            events = self._framing.feed(data) if data else self._framing.finish()
+            for name, payload in events:
+                self._ready.extend(self._decoder.feed(name, payload))
+                if self._decoder.ended:
+                    break
+        except EventTooLargeError as error:
+            self._fail(LLMResponseError(str(error), **self._origin()))
+            return
+        except LLMError as error:
+            self._fail(error)
+            return
+        if self._decoder.ended:
+            self._complete()
+        elif not data:
+            if not self._decoder.complete:
+                raise self._cut_short()
+            self._complete()
+        elif self._decoder.complete and not self._said_all:
+            self._said_all = True
+            self._wire.expect(_AFTERWORD)
+        elif self._decoder.progress != heard:
+            self._wire.expect()  # a call's arguments: content, though no event yet
+
+    def _begin(self, data: bytes) -> bytes:
+        """The first bytes, if they can be events. A page or an object in their place is an error."""
+        start = data.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not start:
+            return data
+        self._begun = True
+        if start[:1] not in (b"<", b"{", b"["):
+            return data
+        body = data
+        while len(body) < base.MAX_ERROR_BODY:
+            more = self._wire.read()
+            if not more:
+                break
+            body += more
+        response = WireResponse(self._wire.status, self._wire.headers, body[: base.MAX_ERROR_BODY])
+        found = base.read_error(body)
+        if found.found:
+            raise self._provider.error(self._call, response)
+        raise base.unexpected(self._call, response, "not a stream of events")
+
+    def _cut_short(self) -> LLMError:
+        what = "was cut before its end" if self._decoder.progress else "ended without a word"
+        place = self._call.target.base_url
+        return LLMStreamError(f"{place}: the stream {what}", **self._origin())
+
+    def _origin(self) -> dict[str, Any]:
+        return base.origin(self._call, self._wire.headers)
+
+    def _broken(self, error: LLMError) -> None:
+        """The wire failed. After the finish reason nothing is missing but the end itself."""
+        if self._decoder.complete and not isinstance(error, (LLMCancelledError, LLMAPIError)):
+            self._complete()
+        else:
+            self._fail(error)
+
+    def _complete(self) -> None:
+        assert self._source is not None  # noqa: S101 - for the type checker
+        self._ready.extend(self._decoder.finish())
+        self._wire.finish()
+        self._source.end()
+
+    def _fail(self, error: LLMError) -> None:
+        if self._source is not None:
+            error.partial = self._fold()
+            error.provider = error.provider or self._info.provider
+            error.model = error.model or self._call.target.model
+            error.request_id = error.request_id or self._info.request_id
+            error.history = self._info.history
+        self._failure = error
+        self.close()
+
+    def _fold(self) -> Answer | None:
+        if self._source is None:
+            return None
+        if self._answer is None or not self._source.over:
+            self._answer = self._decoder.response()
+            if self._answer is not None:
+                self._info.latency_ms = (self._clock.now() - self._started) * 1000
+                self._answer.note(
+                    provider=self._info.provider,
+                    request_id=self._info.request_id,
+                    history=self._info.history,
+                    latency_ms=self._info.latency_ms,
+                )
+        return self._answer

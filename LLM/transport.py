@@ -1,0 +1,1005 @@
+"""The only module that touches the network: the pool, the clocks of an attempt, cancelling.
+
+It stands on `requests` and `urllib3` and mends, at their own seams, what a dependable client cannot
+live with (each has its test): a `timeout` there is per read, so a server that drips holds its caller
+for ever; 1xx answers are taken for the answer; headers cut short are an empty success; bytes left
+over from one answer begin the next. Whatever they raise leaves here as an `LLMError`, without the
+request (and so without the key) hanging from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import ipaddress
+import queue
+import socket
+import ssl
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import urllib3.exceptions
+from requests.adapters import HTTPAdapter
+from requests.models import PreparedRequest
+from requests.structures import CaseInsensitiveDict
+from requests.utils import get_environ_proxies
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from LLM.clock import Clock
+from LLM.config import LLMConfig, environment_ca_bundle
+from LLM.errors import (
+    LLMCancelledError,
+    LLMConfigError,
+    LLMConnectionError,
+    LLMError,
+    LLMResponseError,
+    LLMTimeoutError,
+)
+from LLM.forks import renew_after_fork
+from LLM.providers.base import MAX_ERROR_BODY, WireRequest, WireResponse, clean
+
+_READ_SIZE = 64 * 1024
+
+# How long a stream that has said all waits for the end of the response, so that its connection can be
+# used again; most servers send both in one packet.
+_END_GRACE = 0.05
+
+# A body up to this size travels in one packet train with its headers; a larger one would be copied.
+_JOIN_LIMIT = 64 * 1024
+
+# Longest line that frames a chunk (its size and extensions); the standard library's limit is the same.
+_MAX_CHUNK_LINE = 65536
+
+FOREVER = float("inf")
+
+
+class Exchange:
+    """One request and its answer, under its clocks.
+
+    `due` is the time at which the watchdog ends it, and `clock` the name of the limit that this is.
+    After any outcome ask `stopped` first: an exchange that was stopped looks like many things to the
+    libraries below, an empty success among them.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_finished",
+        "_lock",
+        "_socket",
+        "answered",
+        "clock",
+        "deadline_at",
+        "due",
+        "fresh_only",
+        "reused",
+        "stopped",
+    )
+
+    def __init__(self, deadline_at: float | None) -> None:
+        self.deadline_at = FOREVER if deadline_at is None else deadline_at
+        self.due = self.deadline_at
+        self.clock = "deadline"
+        self.stopped: str | None = None  # why: the name of a clock, "cancelled" or "closed"
+        self.reused = False  # the connection had served before
+        self.answered = False  # a byte of the answer came
+        self.fresh_only = False  # do not take a pooled connection
+        self._socket: Any = None
+        self._finished = False
+        self._lock = threading.Lock()
+
+    def limit(self, due: float, clock: str) -> None:
+        """End at `due`, or at the deadline if that is nearer."""
+        if due < self.deadline_at:
+            self.due, self.clock = due, clock
+        else:
+            self.due, self.clock = self.deadline_at, "deadline"
+
+    def attach(self, sock: Any) -> None:
+        """Use this socket from now on."""
+        with self._lock:
+            self._socket = sock
+            if self.stopped:
+                _shut_down(sock)
+
+    def stop(self, why: str) -> None:
+        """End it from any thread: whoever waits for its socket wakes up. Once it is finished: nothing."""
+        with self._lock:
+            if self._finished or self.stopped:
+                return
+            self.stopped = why
+            if self._socket is not None:
+                _shut_down(self._socket)
+
+    def finish(self) -> None:
+        """Let go of the socket: it may serve another call now."""
+        with self._lock:
+            self._finished = True
+            self._socket = None
+        WATCHDOG.unwatch(self)
+
+
+def _shut_down(sock: Any) -> None:
+    with suppress(OSError, TypeError):  # not connected yet, or gone already
+        # Not SSLSocket.shutdown: it would make the reader take ciphertext for the answer.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+class Watchdog:
+    """One thread for the whole process that ends what is due, however a server keeps it busy.
+
+    It looks ten times a second while anything is under way, and sleeps otherwise: registering costs
+    a call under a microsecond, and none is ended more than a tenth of a second late.
+    """
+
+    TICK = 0.1
+    LINGER = 20  # idle ticks before it sleeps until it is woken
+
+    def __init__(self) -> None:
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._watched: dict[Exchange, None] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._parked = True
+        self._wake = threading.Event()
+        self._clock = Clock()
+
+    def watch(self, exchange: Exchange) -> None:
+        self._watched[exchange] = None
+        if self._parked:
+            self._rouse()
+
+    def unwatch(self, exchange: Exchange) -> None:
+        self._watched.pop(exchange, None)
+
+    def _rouse(self) -> None:
+        with self._lock:
+            self._parked = False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="LLM-watchdog", daemon=True)
+                self._thread.start()
+            else:
+                self._wake.set()
+
+    def _run(self) -> None:
+        idle = 0
+        while True:
+            now = self._clock.now()
+            nearest = now + self.TICK
+            watched = list(self._watched)
+            for exchange in watched:
+                if exchange.due <= now:
+                    exchange.stop(exchange.clock)
+                elif exchange.due < nearest:
+                    nearest = exchange.due
+            idle = 0 if watched else idle + 1
+            if idle < self.LINGER:
+                self._clock.sleep(nearest - now)
+                continue
+            self._wake.clear()
+            self._parked = True
+            if not self._watched:  # else a call came just now and saw us still awake
+                self._wake.wait()
+            self._parked = False
+            idle = 0
+
+
+WATCHDOG = Watchdog()
+
+
+# Its private methods are what urllib3, too, builds on; the type stubs do not know them.
+_BaseResponse: Any = http.client.HTTPResponse
+
+
+class _Current(threading.local):
+    """The exchange that this thread is in: how a connection deep inside urllib3 learns of it."""
+
+    exchange: Exchange | None = None
+
+
+_current = _Current()
+
+
+class _Response(_BaseResponse):
+    """An HTTP response that tells a cut one from a whole one. Parses headers and chunks itself.
+
+    The standard library goes through an e-mail parser, which takes the end of the connection for
+    the end of the headers, and hands out a chunk at a time, which costs more than the chunk.
+    """
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._wire = sock
+        self._held = b""  # bytes of the chunked framing that are not understood yet
+        self._left = -1  # bytes left in the chunk; -1: its size line comes next; -2: the end came
+
+    def begin(self) -> None:
+        if self.headers is not None:
+            return
+        if not self.fp.peek(1):
+            raise http.client.RemoteDisconnected(
+                "the server closed the connection without an answer"
+            )
+        exchange = _current.exchange
+        if exchange is not None:
+            exchange.answered = True
+        version, status, reason = self._read_status()
+        while 100 <= status < 200 and status != 101:  # 103 Early Hints and its kin
+            self._read_header_lines()
+            version, status, reason = self._read_status()
+        self.code = self.status = status
+        self.reason = reason.strip()
+        self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
+        if not version.startswith(("HTTP/1.", "HTTP/0.9")):
+            raise http.client.UnknownProtocol(version)
+        self.headers = self.msg = message = http.client.HTTPMessage()
+        for name, value in self._read_header_lines():
+            message.set_raw(name, value)
+        self._frame()
+
+    def _read_header_lines(self) -> list[tuple[str, str]]:
+        headers: list[tuple[str, str]] = []
+        for _ in range(200):
+            line = self.fp.readline(65537)
+            if line in (b"\r\n", b"\n"):
+                return headers
+            if not line.endswith(b"\n"):
+                if len(line) > 65536:
+                    raise http.client.LineTooLong("header line")
+                raise http.client.IncompleteRead(line)
+            text = line.decode("latin-1").rstrip("\r\n")
+            name, colon, value = text.partition(":")
+            if text[:1] in " \t" and headers:  # a folded line
+                headers[-1] = (headers[-1][0], f"{headers[-1][1]} {text.strip()}")
+            elif colon and name == name.strip() and name:
+                headers.append((name, value.strip()))
+        raise http.client.HTTPException("got more than 200 headers")
+
+    def _frame(self) -> None:
+        """How long the body is, and whether the connection lives on."""
+        coding = self.headers.get("transfer-encoding")
+        self.chunked = coding is not None
+        if coding is not None and coding.strip().lower() != "chunked":
+            raise http.client.HTTPException(f"unknown transfer encoding {coding[:40]!r}")
+        self.chunk_left = None
+        self.will_close = self._check_close()
+        length = self.headers.get("content-length", "")
+        self.length = (
+            int(length) if length.isdecimal() and len(length) < 19 and not self.chunked else None
+        )
+        if self.status in (204, 304) or self.status == 101 or self._method == "HEAD":
+            self.length = 0
+        if self.length is None and not self.chunked:
+            self.will_close = True
+
+    def read1(self, n: int = -1) -> bytes:
+        """What there is of the body: of a chunked one, all the chunks that have come; b"" at the end."""
+        if self.fp is None:
+            return b""
+        if not self.chunked:
+            return super().read1(n)
+        while self._left != -2:
+            data = self._held + self.fp.read1(_READ_SIZE)
+            if len(data) == len(self._held):
+                raise http.client.IncompleteRead(b"")
+            self._held = b""
+            body = self._unframe(data)
+            if body:
+                return body
+        self._close_conn()
+        return b""
+
+    def _unframe(self, data: bytes) -> bytes:
+        """The body bytes in `data`; what is not understood yet is held."""
+        pieces: list[bytes] = []
+        left, position, size = self._left, 0, len(data)
+        while position < size:
+            if left > 0:
+                piece = data[position : position + left]
+                pieces.append(piece)
+                position += len(piece)
+                left -= len(piece)
+                continue
+            # Between chunks: the line end of the last one (left == 0), then the size of the next.
+            start = position
+            if left == 0:
+                end = data.find(b"\n", position)
+                if end < 0:
+                    break
+                if data[position:end].strip(b"\r"):
+                    raise http.client.HTTPException("a chunk is longer than its size says")
+                position = start = end + 1
+                left = -1
+            end = data.find(b"\n", start)
+            if end < 0:
+                break
+            left = _chunk_size(data[start:end])
+            position = end + 1
+            if left == 0:
+                left = -2
+                self._held = data[position:]
+                self._skip_trailer()
+                break
+        else:
+            start = position
+        if left != -2:
+            self._held = data[start if left <= 0 else position :]
+            if len(self._held) > _MAX_CHUNK_LINE:
+                raise http.client.LineTooLong("chunk size")
+        self._left = left
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _skip_trailer(self) -> None:
+        """Read to the blank line that ends a chunked body; many servers send nothing before it."""
+        for _ in range(200):
+            while b"\n" not in self._held:
+                more = self.fp.read1(_READ_SIZE)
+                if not more or len(self._held) > _MAX_CHUNK_LINE:
+                    self._held = b""
+                    return  # a few servers close here; nothing of the body is missing
+                self._held += more
+            line, _, self._held = self._held.partition(b"\n")
+            if not line.strip(b"\r"):
+                return
+        raise http.client.HTTPException("got more than 200 trailers")
+
+    def _close_conn(self) -> None:
+        """The body is over: see to it that nothing after it can be taken for the next answer."""
+        if not self.will_close and self.fp is not None:
+            try:
+                self._wire.settimeout(0)  # the next request sets its own
+                leftover = self._held or self.fp.peek(1)
+            except (OSError, ValueError):
+                leftover = b""
+            if leftover:
+                _shut_down(self._wire)  # the pool finds it dropped and opens another
+        super()._close_conn()
+
+
+def _chunk_size(line: bytes) -> int:
+    digits = line.split(b";", 1)[0].strip()
+    if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
+        raise http.client.HTTPException(f"not a chunk size: {digits[:20]!r}")
+    return int(digits, 16)
+
+
+class _Wire(HTTPConnection):
+    """A connection that tells the exchange which socket it uses, from before it is connected."""
+
+    response_class = _Response
+    tainted = False  # the request was not taken whole: never pooled
+
+    def _new_conn(self) -> socket.socket:
+        exchange = _current.exchange
+        if exchange is None:
+            return super()._new_conn()
+        return _connect(self, exchange)
+
+    def connect(self) -> None:
+        exchange = _current.exchange
+        super().connect()
+        self.tainted = False
+        if exchange is not None:
+            exchange.attach(self.sock)
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        # Head and body leave together: one system call and one packet less, and the server wakes once.
+        self._outbox: list[bytes] | None = []
+        try:
+            super().request(*args, **kwargs)
+            outbox, self._outbox = self._outbox, None
+            if sum(map(len, outbox)) <= _JOIN_LIMIT:
+                outbox = [b"".join(outbox)]
+            for data in outbox:
+                self.send(data)
+        except OSError:
+            # urllib3 goes on to read an answer that may have come before the request was whole.
+            self.tainted = True
+            raise
+        finally:
+            self._outbox = None
+
+    def send(self, data: Any) -> None:
+        if getattr(self, "_outbox", None) is not None and isinstance(data, bytes):
+            self._outbox.append(data)  # type: ignore[union-attr]  # checked above
+        else:
+            super().send(data)
+
+
+class _SecureWire(_Wire, HTTPSConnection):
+    """The same over TLS. While the handshake wraps the socket, a duplicate stands in for it."""
+
+    def connect(self) -> None:
+        self._stand_in: socket.socket | None = None
+        try:
+            super().connect()
+        finally:
+            if self._stand_in is not None:
+                self._stand_in.close()
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        exchange = _current.exchange
+        if exchange is not None:
+            self._stand_in = sock.dup()
+            exchange.attach(self._stand_in)
+        return sock
+
+
+def _connect(wire: HTTPConnection, exchange: Exchange) -> socket.socket:
+    """A connected socket, within `wire.timeout` seconds for the name and all addresses together."""
+    clock = Clock()
+    seconds = wire.timeout if isinstance(wire.timeout, (int, float)) else FOREVER
+    end = clock.now() + seconds
+    host = wire._dns_host  # noqa: SLF001 - the name with the dot that the resolver must see
+    try:
+        addresses = _resolve(host, wire.port, end - clock.now())
+    except OSError as error:
+        raise urllib3.exceptions.NameResolutionError(host, wire, error) from None  # type: ignore[arg-type]  # any OSError will do
+    failure: OSError = OSError("the name has no address")
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            for option in wire.socket_options or ():
+                sock.setsockopt(*option)
+            # A share of what is left for each address, so that one dead end leaves time for the next.
+            left = (end - clock.now()) / (len(addresses) - index)
+            sock.settimeout(None if left == FOREVER else max(left, 0.001))
+            if wire.source_address:
+                sock.bind(wire.source_address)
+            exchange.attach(sock)
+            sock.connect(address)
+            sock.settimeout(None if seconds == FOREVER else max(end - clock.now(), 0.001))
+            return sock
+        except OSError as error:
+            failure = error
+            sock.close()
+    if isinstance(failure, TimeoutError):
+        raise urllib3.exceptions.ConnectTimeoutError(
+            wire, f"no connection to {host} in {seconds} s"
+        )
+    raise urllib3.exceptions.NewConnectionError(wire, str(failure)) from failure
+
+
+def _resolve(host: str, port: int, seconds: float) -> list[Any]:
+    """The addresses of a name. The system's resolver cannot be told to stop, so it runs apart."""
+    try:
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass  # a name
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answers.put(OSError(str(error)))
+
+    threading.Thread(target=look_up, name="LLM-resolver", daemon=True).start()
+    try:
+        answer = answers.get(timeout=None if seconds == FOREVER else max(seconds, 0.001))
+    except queue.Empty:
+        raise TimeoutError(f"looking up {host} took more than {seconds:.1f} s") from None
+    if isinstance(answer, OSError):
+        raise answer
+    return list(answer)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Wire
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        conn: Any = super()._get_conn(timeout)
+        exchange = _current.exchange
+        if exchange is not None and conn.sock is not None:
+            if exchange.fresh_only:
+                conn.close()
+            else:
+                exchange.reused = True
+                exchange.attach(conn.sock)
+        return conn
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None and getattr(conn, "tainted", False):
+            conn.close()
+        super()._put_conn(conn)
+
+
+class _SecurePool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _SecureWire
+
+
+class Adapter(HTTPAdapter):
+    """`HTTPAdapter` over these connections; a session of one's own can mount it.
+
+    It never retries and never follows: that is the pipeline's business.
+    """
+
+    _POOLS = {"http": _Pool, "https": _SecurePool}  # noqa: RUF012 - never changed
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._POOLS
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        if not proxy.lower().startswith("socks"):  # PySocks brings connections of its own
+            manager.pool_classes_by_scheme = self._POOLS
+        return manager
+
+
+class Transport:
+    """Sends requests over one pooled `requests.Session`; shared by all threads.
+
+    Args:
+        config: for the pool and the network's settings.
+        session: a session of the user's: its adapters, hooks and proxies are used; its
+            authentication, cookies and redirects are not.
+    """
+
+    def __init__(self, config: LLMConfig, session: requests.Session | None = None) -> None:
+        self._config = config
+        self._given = session
+        self._clock = Clock()
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Start over, leaving what there was untouched: in a child the connections are the parent's."""
+        self._lock = threading.Lock()
+        self._session = self._given
+        self._streams: set[Exchange] = set()
+        self._networks: dict[str, dict[str, Any]] = {}
+
+    def send(self, request: WireRequest, call: Any) -> WireResponse:
+        """The answer, read whole, within the call's clocks."""
+        exchange = Exchange(call.deadline_at)
+        if call.timeout is not None:
+            exchange.limit(self._clock.now() + call.timeout, "timeout")
+        WATCHDOG.watch(exchange)
+        try:
+            raw = self._answer(request, exchange, call)
+            limit = call.max_response_bytes if raw.status < 300 else MAX_ERROR_BODY
+            body = _read_all(raw, exchange, limit, cut=raw.status >= 300, request=request)
+            return WireResponse(raw.status, _headers(raw), body)
+        finally:
+            exchange.finish()
+
+    def open(self, request: WireRequest, call: Any) -> WireStream | WireResponse:
+        """The answer as a stream; as a whole if it is not a 2xx."""
+        exchange = Exchange(call.deadline_at)
+        if call.timeout is not None:
+            exchange.limit(self._clock.now() + call.timeout, "idle")
+        WATCHDOG.watch(exchange)
+        stream = None
+        try:
+            raw = self._answer(request, exchange, call)
+            if raw.status >= 300:
+                body = _read_all(raw, exchange, MAX_ERROR_BODY, cut=True, request=request)
+                return WireResponse(raw.status, _headers(raw), body)
+            stream = WireStream(raw, exchange, request, call, self._streams, self._clock)
+            return stream
+        finally:
+            if stream is None:
+                exchange.finish()
+
+    def close(self) -> None:
+        """Close the pool and every open stream; a later request opens new ones."""
+        with self._lock:
+            session, self._session = self._session, self._given
+            streams, self._streams = self._streams, set()
+        for exchange in list(streams):
+            exchange.stop("closed")
+        if session is not None and session is not self._given:
+            session.close()
+
+    def renew(self) -> None:
+        """A fresh pool; whatever is under way finishes on the old one."""
+        with self._lock:
+            session, self._session = self._session, self._given
+            self._streams = set()
+        if session is not None and session is not self._given:
+            session.close()  # closes what is pooled; a connection in use closes when it comes back
+
+    def _answer(self, request: WireRequest, exchange: Exchange, call: Any) -> Any:
+        """The response with its body unread. A stale connection costs one immediate resend."""
+        for last in (False, True):
+            exchange.fresh_only = last
+            failure = self._try(request, exchange, call)
+            if not isinstance(failure, LLMError):
+                return failure
+            stale = exchange.reused and not exchange.answered and not exchange.stopped
+            if last or not stale or isinstance(failure, LLMTimeoutError):
+                break
+            exchange.reused = False
+        raise failure
+
+    def _try(self, request: WireRequest, exchange: Exchange, call: Any) -> Any:
+        now = self._clock.now()
+        left = max(exchange.due - now, 0.001)
+        connect = min(call.connect_timeout, left)
+        network = self._network(request.url)
+        _current.exchange = exchange
+        try:
+            response = self._live_session().send(
+                self._prepare(request),
+                stream=True,
+                timeout=(connect, None if left == FOREVER else left),
+                allow_redirects=False,
+                **network,
+            )
+            raw: Any = response.raw
+        except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
+            return translate(error, exchange, request, connect)
+        finally:
+            _current.exchange = None
+        if exchange.stopped:
+            raw.close()
+            return translate(OSError("stopped"), exchange, request, connect)
+        return raw
+
+    def _live_session(self) -> requests.Session:
+        session = self._session
+        if session is None:
+            with self._lock:
+                session = self._session
+                if session is None:
+                    session = self._session = self._new_session()
+        return session
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # proxies and CA bundle are looked up once, in _network
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        adapter = Adapter(pool_connections=32, pool_maxsize=self._config.pool_size)
+        session.mount("https://", adapter)
+        session.mount("http://", adapter)
+        return session
+
+    def _prepare(self, request: WireRequest) -> PreparedRequest:
+        """What `requests` would prepare, without .netrc, cookies, and parsing the URL each time."""
+        prepared = PreparedRequest()
+        prepared.method = request.method
+        prepared.url = request.url
+        headers = CaseInsensitiveDict(request.headers)
+        headers.setdefault("accept-encoding", "identity")
+        if request.credential is not None and request.key is not None:
+            name, prefix = request.credential
+            headers[name] = prefix + request.key.get_secret_value()
+        if request.body is not None:
+            headers["content-length"] = str(len(request.body))
+        prepared.headers = headers
+        prepared.body = request.body
+        prepared.hooks = {"response": [_no_redirect]}
+        if self._given is not None:
+            for name, value in self._given.headers.items():
+                headers.setdefault(name, str(value))
+            prepared.hooks["response"] += self._given.hooks.get("response", [])
+        return prepared
+
+    def _network(self, url: str) -> dict[str, Any]:
+        """Proxies, trust and client certificate for a host; looked up once, for it is slow."""
+        parts = urlsplit(url)
+        found = self._networks.get(parts.netloc)
+        if found is None:
+            found = self._networks[parts.netloc] = self._look_up_network(url, parts.hostname or "")
+        return found
+
+    def _look_up_network(self, url: str, host: str) -> dict[str, Any]:
+        config = self._config
+        proxies: dict[str, str] = dict(self._given.proxies) if self._given is not None else {}
+        if not is_loopback(host):
+            proxies = {**get_environ_proxies(url, no_proxy=None), **proxies}
+        if config.proxies is not None:
+            proxies.update(config.proxies)
+        verify: bool | str = config.verify
+        if verify is True and self._given is not None:
+            verify = self._given.verify if self._given.verify is not None else True
+        if verify is True:
+            verify = environment_ca_bundle() or True
+        cert = config.cert or (self._given.cert if self._given is not None else None)
+        return {"proxies": proxies, "verify": verify, "cert": cert}
+
+
+class WireStream:
+    """The body of a 2xx answer, as it comes.
+
+    The idle clock runs only while somebody waits: `expect` starts it, `rest` stops it.
+    """
+
+    def __init__(
+        self,
+        raw: Any,
+        exchange: Exchange,
+        request: WireRequest,
+        call: Any,
+        streams: set[Exchange],
+        clock: Clock,
+    ) -> None:
+        self.status: int = raw.status
+        self.headers = _headers(raw)
+        self._raw = raw
+        self._exchange = exchange
+        self._request = request
+        self._timeout: float | None = call.timeout
+        self._clock = clock
+        self._streams = streams
+        self._decode = _decoder(self.headers, call.max_response_bytes, request)
+        self._closed = False
+        streams.add(exchange)
+
+    def expect(self, seconds: float | None = None) -> None:
+        """Somebody waits for content from now on, for `seconds` or the call's `timeout` at the most."""
+        wait = self._timeout if seconds is None else min(seconds, self._timeout or seconds)
+        if wait is not None:
+            self._exchange.limit(self._clock.now() + wait, "idle")
+
+    def rest(self) -> None:
+        """Nobody waits: only the deadline counts."""
+        self._exchange.limit(FOREVER, "idle")
+
+    def read(self) -> bytes:
+        """The next bytes, as soon as there are any; b"" at the end.
+
+        Raises:
+            LLMConnectionError: the stream broke, a clock ran out, or it was stopped.
+        """
+        failure: BaseException | None = None
+        while True:
+            try:
+                data: bytes = self._raw.read1(_READ_SIZE, decode_content=False)
+            except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
+                failure = error
+                break
+            if self._exchange.stopped:
+                failure = OSError("stopped")
+                break
+            if not data or self._decode is None:
+                return data if data or self._decode is None else self._decode.finish()
+            data = self._decode.feed(data)
+            if data:
+                return data
+        broken = translate(failure, self._exchange, self._request, None)
+        self.close()
+        raise broken
+
+    def finish(self) -> None:
+        """All was said: keep the connection if the response ends now, else close it."""
+        if self._closed:
+            return
+        sock = getattr(getattr(self._raw, "connection", None), "sock", None)
+        if sock is not None:
+            end = self._clock.now() + _END_GRACE
+            try:
+                sock.settimeout(_END_GRACE)
+                while self._raw.read1(_READ_SIZE, decode_content=False) and self._clock.now() < end:
+                    pass
+            except Exception:  # noqa: BLE001, S110 - it is closed then, and nothing of it was needed
+                pass
+        self.close()
+
+    def cancel(self) -> None:
+        """Stop it from any thread."""
+        self._exchange.stop("cancelled")
+
+    def close(self) -> None:
+        """Let go of the connection: back to the pool if the response was read to its end, else closed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._exchange.finish()
+        self._streams.discard(self._exchange)
+        self._raw.close()
+        self._raw.release_conn()
+
+
+def _no_redirect(response: requests.Response, **_: Any) -> None:
+    # requests would read the whole body of a redirect, however long, even when told not to follow.
+    response.headers.pop("location", None)
+
+
+def _headers(raw: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in raw.headers.items()}
+
+
+def _read_all(
+    raw: Any, exchange: Exchange, limit: int, *, cut: bool, request: WireRequest
+) -> bytes:
+    """The decoded body. Past `limit` bytes it is cut, or refused; the connection is closed then."""
+    failure: LLMError | None = None
+    try:
+        try:
+            return _read_body(raw, limit, cut=cut, request=request)
+        except LLMError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
+            failure = translate(error, exchange, request, None)
+        else:
+            failure = None
+    finally:
+        # Whole: it went back to the pool by itself. Not whole: nobody may read on.
+        if failure is not None or not _is_closed(raw):
+            raw.close()
+        raw.release_conn()
+        if failure is None and exchange.stopped:
+            failure = translate(OSError("stopped"), exchange, request, None)
+            raise failure
+    raise failure
+
+
+def _read_body(raw: Any, limit: int, *, cut: bool, request: WireRequest) -> bytes:
+    headers = _headers(raw)
+    decode = _decoder(headers, limit, request, cut=cut)
+    length = headers.get("content-length", "")
+    if length.isdecimal() and len(length) < 19 and decode is None:
+        if int(length) <= limit:
+            body: bytes = raw.read(decode_content=False)
+            return body
+        if not cut:
+            raise too_large(request, limit)
+    pieces: list[bytes] = []
+    size = 0
+    while size <= limit:
+        data = raw.read1(_READ_SIZE, decode_content=False)
+        piece = data if decode is None else decode.feed(data) if data else decode.finish()
+        size += len(piece)
+        pieces.append(piece)
+        if not data:
+            return b"".join(pieces)
+    if cut:
+        return b"".join(pieces)[:limit]
+    raise too_large(request, limit)
+
+
+def _is_closed(raw: Any) -> bool:
+    return bool(raw.closed)
+
+
+def too_large(request: WireRequest, limit: int) -> LLMResponseError:
+    return LLMResponseError(
+        f"the answer of {_place(request)} is larger than {limit} bytes; raise max_response_bytes if it may be"
+    )
+
+
+class _Inflater:
+    """gzip and deflate, bounded: a small body that unfolds into gigabytes is refused, a cut one too."""
+
+    def __init__(self, encoding: str, limit: int, request: WireRequest, *, cut: bool) -> None:
+        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | (16 if "gzip" in encoding else 0))
+        self._limit, self._cut, self._request = limit, cut, request
+        self._size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        out = self._inflate.decompress(data, self._limit - self._size + 1)
+        self._size += len(out)
+        if self._size > self._limit and not self._cut:
+            raise too_large(self._request, self._limit)
+        return out
+
+    def finish(self) -> bytes:
+        if not self._inflate.eof and self._size <= self._limit:
+            raise http.client.IncompleteRead(b"")
+        return b""
+
+
+def _decoder(
+    headers: Mapping[str, str], limit: int, request: WireRequest, *, cut: bool = False
+) -> _Inflater | None:
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        return None
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return _Inflater(encoding, limit, request, cut=cut)
+    raise LLMResponseError(
+        f"{_place(request)} answered in an encoding that was not asked for: {clean(encoding)[:40]}"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _place(request: WireRequest) -> str:
+    parts = urlsplit(request.url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def translate(
+    error: BaseException, exchange: Exchange, request: WireRequest, connect: float | None
+) -> LLMError:
+    """What went wrong, as one of ours, by its cause. The cause it keeps is a bare copy of the root."""
+    place = _place(request)
+    failure: LLMError
+    causes = list(_causes(error))
+    root = causes[-1]
+    stopped = exchange.stopped
+    if stopped in ("cancelled", "closed"):
+        what = "the client was closed" if stopped == "closed" else "cancelled"
+        return LLMCancelledError(f"{place}: {what} before the answer was whole")
+    if stopped or isinstance(root, TimeoutError) or _any(causes, urllib3.exceptions.TimeoutError):
+        clock = stopped or exchange.clock
+        if not stopped and _any(
+            causes, urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NameResolutionError
+        ):
+            clock = "connect"
+        failure = LLMTimeoutError(
+            _TIMEOUTS[clock].format(place=place, connect=connect), clock=clock
+        )
+    elif _any(causes, ssl.SSLCertVerificationError):
+        failure = LLMConnectionError(
+            f"{place}: its certificate is not trusted ({clean(str(root))[:200]}); "
+            "set verify= to your CA bundle, or REQUESTS_CA_BUNDLE",
+            retriable=False,
+        )
+    elif _any(causes, urllib3.exceptions.ProxyError):
+        failure = LLMConnectionError(f"{place}: the proxy failed ({_says(root)})")
+    elif _any(causes, urllib3.exceptions.NameResolutionError):
+        failure = LLMConnectionError(f"{place}: the name cannot be resolved ({_says(root)})")
+    elif _any(causes, urllib3.exceptions.NewConnectionError):
+        hint = "; is the server running?" if _refused(root) else ""
+        failure = LLMConnectionError(f"{place}: no connection ({_says(root)}){hint}")
+    elif _any(
+        causes, requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError
+    ):
+        failure = LLMConfigError(f"{place} is not an address that can be called")
+    elif exchange.answered:
+        failure = LLMConnectionError(f"{place}: the answer broke off ({_says(root)})")
+    else:
+        failure = LLMConnectionError(
+            f"{place}: the connection broke before an answer came ({_says(root)})"
+        )
+    if isinstance(root, OSError):
+        failure.__cause__ = OSError(*root.args[:2]) if root.args else OSError(type(root).__name__)
+    return failure
+
+
+_TIMEOUTS = {
+    "connect": "{place}: no connection within {connect:.3g} s (connect_timeout)",
+    "timeout": "{place}: no whole answer in time (timeout)",
+    "idle": "{place}: the stream brought no content in time (timeout)",
+    "deadline": "{place}: the call was not done at its deadline",
+}
+
+
+def _causes(error: BaseException) -> Iterable[BaseException]:
+    """`error` and what it wraps, by whatever way the libraries below wrap it."""
+    seen: set[int] = set()
+    current: Any = error
+    while isinstance(current, BaseException) and id(current) not in seen and len(seen) < 20:
+        seen.add(id(current))
+        yield current
+        inner = [
+            a
+            for a in (getattr(current, "reason", None), *current.args[::-1], current.__cause__)
+            if isinstance(a, BaseException)
+        ]
+        current = inner[0] if inner else current.__context__
+
+
+def _any(causes: list[BaseException], *classes: type[BaseException]) -> bool:
+    return any(isinstance(cause, classes) for cause in causes)
+
+
+def _refused(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
+
+
+def _says(error: BaseException) -> str:
+    if isinstance(error, http.client.IncompleteRead):
+        return "cut short"
+    return clean(str(error))[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""What is built on top of `LLM`: tools, the agent loop, conversations, context."""
