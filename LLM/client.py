@@ -21,7 +21,7 @@ from LLM.forks import renew_after_fork
 from LLM.pipeline import Done, Job, build_pipeline, observe, retry
 from LLM.policies.retry import RetryPolicy, as_policy
 from LLM.providers.base import Call, Target
-from LLM.providers.targets import DIALECTS, address, find_target
+from LLM.providers.targets import address, find_target, provider_of
 from LLM.stream import Stream
 from LLM.transport import Transport
 from LLM.types import (
@@ -442,7 +442,7 @@ class LLM:
         """The one way for a call through the house."""
         started = self._clock.now()
         call = self._describe(endpoint, subject, params, options, started)
-        provider = DIALECTS[call.target.host.dialect]
+        provider = provider_of(call.target)
         job = Job(call, provider, provider.build(call), started)
         self._ledger.count()
         self._closed = False

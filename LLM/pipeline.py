@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from LLM.clock import Clock
 from LLM.errors import Attempt, LLMError
@@ -22,8 +21,7 @@ from LLM.types import Answer, TokenUsage
 log = logging.getLogger("LLM")
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """A call, ready to be sent; the same request for all its attempts."""
 
     call: Call

@@ -19,18 +19,19 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 import urllib3.exceptions
 from requests.adapters import HTTPAdapter
+from requests.cookies import RequestsCookieJar
 from requests.models import PreparedRequest
-from requests.structures import CaseInsensitiveDict
 from requests.utils import get_environ_proxies
+from urllib3 import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.response import HTTPResponse
 
 from LLM.clock import Clock
 from LLM.config import LLMConfig, environment_ca_bundle
@@ -44,6 +45,7 @@ from LLM.errors import (
 )
 from LLM.forks import renew_after_fork
 from LLM.providers.base import MAX_ERROR_BODY, WireRequest, WireResponse, clean
+from LLM.version import __version__
 
 _READ_SIZE = 64 * 1024
 
@@ -58,6 +60,8 @@ _JOIN_LIMIT = 64 * 1024
 _MAX_CHUNK_LINE = 65536
 
 FOREVER = float("inf")
+
+_USER_AGENT = f"requests-llm/{__version__}"
 
 
 class Exchange:
@@ -196,10 +200,6 @@ class Watchdog:
 WATCHDOG = Watchdog()
 
 
-# Its private methods are what urllib3, too, builds on; the type stubs do not know them.
-_BaseResponse: Any = http.client.HTTPResponse
-
-
 class _Current(threading.local):
     """The exchange that this thread is in: how a connection deep inside urllib3 learns of it."""
 
@@ -209,7 +209,7 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class _Response(_BaseResponse):
+class _Response(http.client.HTTPResponse):
     """An HTTP response that tells a cut one from a whole one. Parses headers and chunks itself.
 
     The standard library goes through an e-mail parser, which takes the end of the connection for
@@ -219,6 +219,7 @@ class _Response(_BaseResponse):
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self._wire = sock
+        self.plain: dict[str, str] = {}  # the headers by lower-case name, the first of each
         self._held = b""  # bytes of the chunked framing that are not understood yet
         self._left = -1  # bytes left in the chunk; -1: its size line comes next; -2: the end came
 
@@ -242,8 +243,10 @@ class _Response(_BaseResponse):
         if not version.startswith(("HTTP/1.", "HTTP/0.9")):
             raise http.client.UnknownProtocol(version)
         self.headers = self.msg = message = http.client.HTTPMessage()
+        self.plain = {}
         for name, value in self._read_header_lines():
             message.set_raw(name, value)
+            self.plain.setdefault(name.lower(), value)
         self._frame()
 
     def _read_header_lines(self) -> list[tuple[str, str]]:
@@ -266,17 +269,19 @@ class _Response(_BaseResponse):
 
     def _frame(self) -> None:
         """How long the body is, and whether the connection lives on."""
-        coding = self.headers.get("transfer-encoding")
+        coding = self.plain.get("transfer-encoding")
         self.chunked = coding is not None
         if coding is not None and coding.strip().lower() != "chunked":
             raise http.client.HTTPException(f"unknown transfer encoding {coding[:40]!r}")
         self.chunk_left = None
-        self.will_close = self._check_close()
-        length = self.headers.get("content-length", "")
-        self.length = (
-            int(length) if length.isdecimal() and len(length) < 19 and not self.chunked else None
+        connection = self.plain.get("connection", "").lower()
+        self.will_close = "close" in connection or (
+            self.version == 10 and "keep-alive" not in connection
         )
-        if self.status in (204, 304) or self.status == 101 or self._method == "HEAD":
+        length = self.plain.get("content-length", "")
+        known = length.isdecimal() and len(length) < 19 and not self.chunked
+        self.length = int(length) if known else None
+        if self.status in (204, 304) or self.status == 101 or self._method == "HEAD":  # type: ignore[attr-defined]  # the same
             self.length = 0
         if self.length is None and not self.chunked:
             self.will_close = True
@@ -362,7 +367,7 @@ class _Response(_BaseResponse):
                 leftover = b""
             if leftover:
                 _shut_down(self._wire)  # the pool finds it dropped and opens another
-        super()._close_conn()
+        super()._close_conn()  # type: ignore[misc]  # private: not in the stubs
 
 
 def _chunk_size(line: bytes) -> int:
@@ -375,7 +380,7 @@ def _chunk_size(line: bytes) -> int:
 class _Wire(HTTPConnection):
     """A connection that tells the exchange which socket it uses, from before it is connected."""
 
-    response_class = _Response
+    response_class = _Response  # for the answer to CONNECT
     tainted = False  # the request was not taken whole: never pooled
 
     def _new_conn(self) -> socket.socket:
@@ -391,28 +396,68 @@ class _Wire(HTTPConnection):
         if exchange is not None:
             exchange.attach(self.sock)
 
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        # Head and body leave together: one system call and one packet less, and the server wakes once.
-        self._outbox: list[bytes] | None = []
+    def request(  # type: ignore[override]  # as urllib3's own does
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        **_: Any,
+    ) -> None:
+        """Send a request: in one piece, where urllib3 makes a call for each header, and two packets."""
+        if body is not None and not isinstance(body, bytes):
+            raise TypeError("the transport sends bytes")
+        lines = [f"{method} {url} HTTP/1.1", f"Host: {self._host_header()}"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        head = "\r\n".join(lines)
+        if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
+            raise ValueError("a header has a line break in it")
+        data = head.encode("latin-1") + b"\r\n\r\n"
+        self._asked = (method, url)
         try:
-            super().request(*args, **kwargs)
-            outbox, self._outbox = self._outbox, None
-            if sum(map(len, outbox)) <= _JOIN_LIMIT:
-                outbox = [b"".join(outbox)]
-            for data in outbox:
-                self.send(data)
+            if self.sock is None:
+                self.connect()
+            else:
+                self.sock.settimeout(self.timeout)
+            if body is not None and len(body) <= _JOIN_LIMIT:
+                self.sock.sendall(data + body)
+            else:
+                self.sock.sendall(data)
+                if body is not None:
+                    self.sock.sendall(body)
         except OSError:
             # urllib3 goes on to read an answer that may have come before the request was whole.
             self.tainted = True
             raise
-        finally:
-            self._outbox = None
 
-    def send(self, data: Any) -> None:
-        if getattr(self, "_outbox", None) is not None and isinstance(data, bytes):
-            self._outbox.append(data)  # type: ignore[union-attr]  # checked above
-        else:
-            super().send(data)
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # as urllib3's own does
+        """The answer's head, in the form that urllib3 gives it."""
+        method, url = self._asked
+        self.sock.settimeout(self.timeout)
+        answer = _Response(self.sock, method=method)
+        try:
+            answer.begin()
+        except BaseException:
+            answer.close()
+            raise
+        if answer.will_close:
+            super().close()  # the socket lives on in the answer
+        return HTTPResponse(
+            body=answer,
+            headers=HTTPHeaderDict(answer.plain),
+            status=answer.status,
+            version=answer.version,
+            reason=answer.reason,
+            preload_content=False,
+            decode_content=False,
+            original_response=answer,
+            request_method=method,
+            request_url=url,
+        )
+
+    def _host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == self.default_port else f"{host}:{self.port}"
 
 
 class _SecureWire(_Wire, HTTPSConnection):
@@ -528,13 +573,59 @@ class Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
+        self._pools: dict[Any, Any] = {}
         self.poolmanager.pool_classes_by_scheme = self._POOLS
+
+    def get_connection_with_tls_context(
+        self, request: PreparedRequest, verify: Any, proxies: Any = None, cert: Any = None
+    ) -> Any:
+        # Which pool serves an address is a long question with always the same answer.
+        key = (request.url, verify, cert, *(proxies or {}).items())
+        pool = self._pools.get(key)
+        if pool is None or pool.pool is None:  # closed: this host has made room for others
+            pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
+            self._pools[key] = pool
+        return pool
+
+    def build_response(self, req: PreparedRequest, resp: Any) -> requests.Response:
+        """The response without cookies, and without a copy of its headers."""
+        response = requests.Response()
+        response.status_code = resp.status
+        response.headers = resp.headers
+        response.raw = resp
+        response.reason = resp.reason
+        response.url = req.url or ""
+        response.request = req
+        response.connection = self
+        return response
+
+    def close(self) -> None:
+        self._pools.clear()
+        super().close()
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(proxy, **kwargs)
         if not proxy.lower().startswith("socks"):  # PySocks brings connections of its own
             manager.pool_classes_by_scheme = self._POOLS
         return manager
+
+
+class _NoCookies(RequestsCookieJar):
+    """Cookies are neither kept nor sent back: an API has no use for them, a gateway may track with them."""
+
+    def extract_cookies(self, *_: Any) -> None:
+        """Nothing."""
+
+
+class _Headers(dict[str, str]):
+    """The headers of a request; found under any spelling, as in `requests`, and quick to copy."""
+
+    def __missing__(self, name: str) -> str:
+        lower = name.lower()
+        for known, value in self.items():
+            if known.lower() == lower:
+                return value
+        raise KeyError(name)
 
 
 class Transport:
@@ -659,7 +750,7 @@ class Transport:
     def _new_session(self) -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # proxies and CA bundle are looked up once, in _network
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        session.cookies = _NoCookies()
         adapter = Adapter(pool_connections=32, pool_maxsize=self._config.pool_size)
         session.mount("https://", adapter)
         session.mount("http://", adapter)
@@ -670,14 +761,15 @@ class Transport:
         prepared = PreparedRequest()
         prepared.method = request.method
         prepared.url = request.url
-        headers = CaseInsensitiveDict(request.headers)
-        headers.setdefault("accept-encoding", "identity")
+        headers = _Headers(request.headers)
+        headers.setdefault("User-Agent", _USER_AGENT)
+        headers.setdefault("Accept-Encoding", "identity")
         if request.credential is not None and request.key is not None:
             name, prefix = request.credential
             headers[name] = prefix + request.key.get_secret_value()
         if request.body is not None:
-            headers["content-length"] = str(len(request.body))
-        prepared.headers = headers
+            headers["Content-Length"] = str(len(request.body))
+        prepared.headers = headers  # type: ignore[assignment]  # as good as requests' own
         prepared.body = request.body
         prepared.hooks = {"response": [_no_redirect]}
         if self._given is not None:
@@ -808,6 +900,9 @@ def _no_redirect(response: requests.Response, **_: Any) -> None:
 
 
 def _headers(raw: Any) -> dict[str, str]:
+    ours = getattr(raw, "_original_response", None)
+    if isinstance(ours, _Response):
+        return ours.plain
     return {name.lower(): value for name, value in raw.headers.items()}
 
 

@@ -34,7 +34,8 @@ UNSET: Final = Unset.UNSET
 class Value(BaseModel):
     """A value of the wire."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    # Built when first used: a script that only chats does not pay for the other values.
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), defer_build=True)
 
 
 class FunctionCall(Value):
@@ -332,7 +333,7 @@ class Reply(BaseModel):
         latency_ms: milliseconds that the call took.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, defer_build=True)
 
     content: str = ""
     success: bool = True

@@ -104,8 +104,10 @@ class _BorrowedPolicy(RetryPolicy):
         super().__init__(*args, **kwargs)
         self.lender = lender
 
-    def new(self, **changes: Any) -> RetryPolicy:
-        return super().new(**{"lender": self.lender, **changes})
+    def new(self, **changes: Any) -> _BorrowedPolicy:
+        policy = super().new(**{"lender": self.lender, **changes})
+        assert isinstance(policy, _BorrowedPolicy)  # noqa: S101 - it makes its own kind
+        return policy
 
     def get_backoff_time(self) -> float:
         return self.lender.new(history=self.history).get_backoff_time()

@@ -61,15 +61,15 @@ _WORDING: tuple[tuple[str, type[LLMAPIError]], ...] = (
 def build(call: Call) -> WireRequest:
     """The request for a call."""
     target = call.target
-    headers = {"accept": "application/json", "anthropic-version": VERSION, **call.headers}
-    credential = ("x-api-key", "")
+    headers = {"Accept": "application/json", "Anthropic-Version": VERSION, **call.headers}
+    credential = ("X-Api-Key", "")
     if call.endpoint == "models":
         url = f"{target.base_url}/models?limit=1000"
         return WireRequest("GET", url, headers, None, credential, target.key)
-    headers["content-type"] = "application/json"
-    headers["idempotency-key"] = call.idempotency_key
+    headers["Content-Type"] = "application/json"
+    headers["Idempotency-Key"] = call.idempotency_key
     if call.stream:
-        headers["accept"] = "text/event-stream"
+        headers["Accept"] = "text/event-stream"
     url = f"{target.base_url}/messages"
     return WireRequest("POST", url, headers, base.encode(_body(call)), credential, target.key)
 
@@ -129,9 +129,7 @@ def _turns(messages: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
     for message in messages:
         role, content = message["role"], message.get("content")
         if role in ("system", "developer"):
-            system.extend(
-                [{"type": "text", "text": content}] if isinstance(content, str) else content
-            )
+            system.extend([_text_block(content)] if isinstance(content, str) else content or [])
         elif role == "tool":
             result = {"type": "tool_result", "tool_use_id": message.get("tool_call_id")}
             if content:

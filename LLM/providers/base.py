@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import pydantic_core
@@ -37,8 +36,7 @@ MAX_ERROR_BODY = 64 * 1024
 _MAX_MESSAGE = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Where a call goes: a host at an address, a model there, and the key for it."""
 
     host: Host
@@ -47,8 +45,7 @@ class Target:
     key: SecretStr | None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What the user asked for.
 
     Attributes:
@@ -76,8 +73,7 @@ class Call:
     idempotency_key: str
 
 
-@dataclass(frozen=True, slots=True)
-class WireRequest:
+class WireRequest(NamedTuple):
     """One HTTP request, but for its credential, which only the transport puts in."""
 
     method: str
@@ -88,8 +84,7 @@ class WireRequest:
     key: SecretStr | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class WireResponse:
+class WireResponse(NamedTuple):
     """One HTTP response, read whole; names of `headers` are lower-case."""
 
     status: int
@@ -470,15 +465,15 @@ def error_text(body: bytes, key: SecretStr | None) -> str:
     return redact(body[:MAX_ERROR_BODY].decode("utf-8", "replace"), key)
 
 
-@dataclass(slots=True)
 class PartialToolCall:
     """A tool call whose arguments are still coming."""
 
-    id: str | None = None
-    name: str = ""
-    arguments: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-    handed_over: bool = False
+    def __init__(self, id_: str | None = None, name: str = "") -> None:
+        self.id = id_
+        self.name = name
+        self.arguments: list[str] = []
+        self.extra: dict[str, Any] = {}
+        self.handed_over = False
 
     def whole(self) -> ToolCall:
         function = {"name": self.name, "arguments": "".join(self.arguments)}

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from LLM.errors import LLMConfigError
 
 
-@dataclass(frozen=True, slots=True)
-class Quirk:
+class Quirk(NamedTuple):
     """How some models differ from their host's dialect.
 
     Attributes:
@@ -37,8 +36,7 @@ PLAIN = Quirk("")
 _OPENAI_REASONING = r"(ft:)?(o\d|gpt-[5-9](?!.*-chat)|codex)"
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(NamedTuple):
     """Where an API is served and how it is spoken to.
 
     Attributes:

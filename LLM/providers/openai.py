@@ -55,15 +55,15 @@ def build(call: Call) -> WireRequest:
     """The request for a call."""
     target = call.target
     url = target.base_url + _PATHS[call.endpoint]
-    headers = {"accept": "application/json", **call.headers}
+    headers = {"Accept": "application/json", **call.headers}
     if call.endpoint == "models":
-        return WireRequest("GET", url, headers, None, ("authorization", "Bearer "), target.key)
-    headers["content-type"] = "application/json"
-    headers["idempotency-key"] = call.idempotency_key
+        return WireRequest("GET", url, headers, None, ("Authorization", "Bearer "), target.key)
+    headers["Content-Type"] = "application/json"
+    headers["Idempotency-Key"] = call.idempotency_key
     if call.stream:
-        headers["accept"] = "text/event-stream"
+        headers["Accept"] = "text/event-stream"
     body = base.encode(_body(call))
-    return WireRequest("POST", url, headers, body, ("authorization", "Bearer "), target.key)
+    return WireRequest("POST", url, headers, body, ("Authorization", "Bearer "), target.key)
 
 
 def _body(call: Call) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
 from LLM.config import Environment, LLMConfig, versioned
 from LLM.errors import LLMConfigError
-from LLM.providers import anthropic, openai
+from LLM.providers import openai
 from LLM.providers.base import Provider, Target
 from LLM.providers.hosts import (
     COMPATIBLE,
@@ -19,7 +18,14 @@ from LLM.providers.hosts import (
     known_host,
 )
 
-DIALECTS: Mapping[str, Provider] = {"openai": openai, "anthropic": anthropic}
+
+def provider_of(target: Target) -> Provider:
+    """The dialect that a target's host speaks."""
+    if target.host.dialect == "anthropic":
+        from LLM.providers import anthropic  # a script that never asks it does not pay for it
+
+        return anthropic
+    return openai
 
 
 def find_target(config: LLMConfig, model: str | None = None, provider: str | None = None) -> Target:
