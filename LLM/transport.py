@@ -76,13 +76,13 @@ class Exchange:
         "__weakref__",
         "_finished",
         "_lock",
-        "_socket",
         "answered",
         "clock",
         "deadline_at",
         "due",
         "fresh_only",
         "reused",
+        "socket",
         "stopped",
     )
 
@@ -94,7 +94,7 @@ class Exchange:
         self.reused = False  # the connection had served before
         self.answered = False  # a byte of the answer came
         self.fresh_only = False  # do not take a pooled connection
-        self._socket: Any = None
+        self.socket: Any = None
         self._finished = False
         self._lock = threading.Lock()
 
@@ -108,7 +108,7 @@ class Exchange:
     def attach(self, sock: Any) -> None:
         """Use this socket from now on."""
         with self._lock:
-            self._socket = sock
+            self.socket = sock
             if self.stopped:
                 _shut_down(sock)
 
@@ -118,14 +118,14 @@ class Exchange:
             if self._finished or self.stopped:
                 return
             self.stopped = why
-            if self._socket is not None:
-                _shut_down(self._socket)
+            if self.socket is not None:
+                _shut_down(self.socket)
 
     def finish(self) -> None:
         """Let go of the socket: it may serve another call now."""
         with self._lock:
             self._finished = True
-            self._socket = None
+            self.socket = None
         WATCHDOG.unwatch(self)
 
 
@@ -291,7 +291,7 @@ class _Response(http.client.HTTPResponse):
         if self.fp is None:
             return b""
         if not self.chunked:
-            return super().read1(n)
+            return self._read1_plain(n)
         while self._left != -2:
             data = self._held + self.fp.read1(_READ_SIZE)
             if len(data) == len(self._held):
@@ -302,6 +302,17 @@ class _Response(http.client.HTTPResponse):
                 return body
         self._close_conn()
         return b""
+
+    def _read1_plain(self, n: int) -> bytes:
+        size = _READ_SIZE if n < 0 else n
+        data = self.fp.read1(size if self.length is None else min(size, self.length))
+        if self.length is not None:
+            if not data and self.length:
+                raise http.client.IncompleteRead(b"", self.length)
+            self.length -= len(data)
+        if not data or self.length == 0:
+            self._close_conn()
+        return data
 
     def _unframe(self, data: bytes) -> bytes:
         """The body bytes in `data`; what is not understood yet is held."""
@@ -543,6 +554,8 @@ class _Pool(HTTPConnectionPool):
     ConnectionCls = _Wire
 
     def _get_conn(self, timeout: float | None = None) -> Any:
+        if self.pool is None:  # the client was closed or reset just now: one of its own, not pooled
+            return self._new_conn()
         conn: Any = super()._get_conn(timeout)
         exchange = _current.exchange
         if exchange is not None and conn.sock is not None:
@@ -570,6 +583,12 @@ class Adapter(HTTPAdapter):
     """
 
     _POOLS = {"http": _Pool, "https": _SecurePool}  # noqa: RUF012 - never changed
+
+    @classmethod
+    def like(cls, stock: HTTPAdapter) -> Adapter:
+        """One of ours with the settings of `requests`' own. It never blocks on a full pool."""
+        settings = vars(stock)
+        return cls(settings["_pool_connections"], settings["_pool_maxsize"], stock.max_retries)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -634,7 +653,9 @@ class Transport:
     Args:
         config: for the pool and the network's settings.
         session: a session of the user's: its adapters, hooks and proxies are used; its
-            authentication, cookies and redirects are not.
+            authentication, cookies and redirects are not. Stock adapters in it are replaced by ours
+            with the same settings; with another kind of adapter, a server that drips its headers
+            can outlast the clocks.
     """
 
     def __init__(self, config: LLMConfig, session: requests.Session | None = None) -> None:
@@ -647,7 +668,7 @@ class Transport:
     def after_fork(self) -> None:
         """Start over, leaving what there was untouched: in a child the connections are the parent's."""
         self._lock = threading.Lock()
-        self._session = self._given
+        self._session: requests.Session | None = None
         self._streams: set[Exchange] = set()
         self._networks: dict[str, dict[str, Any]] = {}
 
@@ -659,9 +680,7 @@ class Transport:
         WATCHDOG.watch(exchange)
         try:
             raw = self._answer(request, exchange, call)
-            limit = call.max_response_bytes if raw.status < 300 else MAX_ERROR_BODY
-            body = _read_all(raw, exchange, limit, cut=raw.status >= 300, request=request)
-            return WireResponse(raw.status, _headers(raw), body)
+            return _read_all(raw, exchange, request, call.max_response_bytes)
         finally:
             exchange.finish()
 
@@ -675,8 +694,7 @@ class Transport:
         try:
             raw = self._answer(request, exchange, call)
             if raw.status >= 300:
-                body = _read_all(raw, exchange, MAX_ERROR_BODY, cut=True, request=request)
-                return WireResponse(raw.status, _headers(raw), body)
+                return _read_all(raw, exchange, request, call.max_response_bytes)
             stream = WireStream(raw, exchange, request, call, self._streams, self._clock)
             return stream
         finally:
@@ -685,21 +703,15 @@ class Transport:
 
     def close(self) -> None:
         """Close the pool and every open stream; a later request opens new ones."""
-        with self._lock:
-            session, self._session = self._session, self._given
-            streams, self._streams = self._streams, set()
+        self._let_go()
+        streams, self._streams = self._streams, set()
         for exchange in list(streams):
             exchange.stop("closed")
-        if session is not None and session is not self._given:
-            session.close()
 
     def renew(self) -> None:
         """A fresh pool; whatever is under way finishes on the old one."""
-        with self._lock:
-            session, self._session = self._session, self._given
-            self._streams = set()
-        if session is not None and session is not self._given:
-            session.close()  # closes what is pooled; a connection in use closes when it comes back
+        self._let_go()
+        self._streams = set()
 
     def _answer(self, request: WireRequest, exchange: Exchange, call: Any) -> Any:
         """The response with its body unread. A stale connection costs one immediate resend."""
@@ -748,13 +760,30 @@ class Transport:
         return session
 
     def _new_session(self) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False  # proxies and CA bundle are looked up once, in _network
-        session.cookies = _NoCookies()
-        adapter = Adapter(pool_connections=32, pool_maxsize=self._config.pool_size)
-        session.mount("https://", adapter)
-        session.mount("http://", adapter)
+        session = self._given
+        if session is None:
+            session = requests.Session()
+            session.trust_env = False  # proxies and CA bundle are looked up once, in _network
+            session.cookies = _NoCookies()
+            adapter = Adapter(pool_connections=32, pool_maxsize=self._config.pool_size)
+            session.mount("https://", adapter)
+            session.mount("http://", adapter)
+        else:
+            for prefix, stock in list(session.adapters.items()):
+                if type(stock) is HTTPAdapter:
+                    session.mount(prefix, Adapter.like(stock))
         return session
+
+    def _let_go(self) -> None:
+        """Forget the session; close what is pooled. A connection in use closes when it comes back."""
+        with self._lock:
+            session, self._session = self._session, None
+        if session is self._given and session is not None:
+            for adapter in session.adapters.values():
+                if isinstance(adapter, Adapter):
+                    adapter.close()
+        elif session is not None:
+            session.close()
 
     def _prepare(self, request: WireRequest) -> PreparedRequest:
         """What `requests` would prepare, without .netrc, cookies, and parsing the URL each time."""
@@ -819,7 +848,8 @@ class WireStream:
     ) -> None:
         self.status: int = raw.status
         self.headers = _headers(raw)
-        self._raw = raw
+        self._body = _Body(raw)
+        self._sock = exchange.socket
         self._exchange = exchange
         self._request = request
         self._timeout: float | None = call.timeout
@@ -848,7 +878,7 @@ class WireStream:
         failure: BaseException | None = None
         while True:
             try:
-                data: bytes = self._raw.read1(_READ_SIZE, decode_content=False)
+                data = self._body.read()
             except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
                 failure = error
                 break
@@ -868,15 +898,12 @@ class WireStream:
         """All was said: keep the connection if the response ends now, else close it."""
         if self._closed:
             return
-        sock = getattr(getattr(self._raw, "connection", None), "sock", None)
-        if sock is not None:
+        if self._sock is not None:
             end = self._clock.now() + _END_GRACE
-            try:
-                sock.settimeout(_END_GRACE)
-                while self._raw.read1(_READ_SIZE, decode_content=False) and self._clock.now() < end:
+            with suppress(Exception):  # it is closed then, and nothing of it was needed
+                self._sock.settimeout(_END_GRACE)
+                while self._body.read() and self._clock.now() < end:
                     pass
-            except Exception:  # noqa: BLE001, S110 - it is closed then, and nothing of it was needed
-                pass
         self.close()
 
     def cancel(self) -> None:
@@ -890,8 +917,7 @@ class WireStream:
         self._closed = True
         self._exchange.finish()
         self._streams.discard(self._exchange)
-        self._raw.close()
-        self._raw.release_conn()
+        self._body.close()
 
 
 def _no_redirect(response: requests.Response, **_: Any) -> None:
@@ -906,57 +932,86 @@ def _headers(raw: Any) -> dict[str, str]:
     return {name.lower(): value for name, value in raw.headers.items()}
 
 
-def _read_all(
-    raw: Any, exchange: Exchange, limit: int, *, cut: bool, request: WireRequest
-) -> bytes:
-    """The decoded body. Past `limit` bytes it is cut, or refused; the connection is closed then."""
+class _Body:
+    """The bytes of an answer's body; gives its connection back when it is whole, else closes it."""
+
+    def __init__(self, raw: Any) -> None:
+        ours = getattr(raw, "_original_response", None)
+        self._ours = ours if isinstance(ours, _Response) else None
+        self._raw = raw
+
+    def read(self) -> bytes:
+        """What has come, b"" at the end."""
+        if self._ours is not None:
+            return self._ours.read1()
+        data: bytes = self._raw.read1(_READ_SIZE, decode_content=False)
+        return data
+
+    def read_whole(self) -> bytes:
+        """All of a body whose length is known, in one piece."""
+        data: bytes = (
+            self._raw.read(decode_content=False) if self._ours is None else self._ours.read()
+        )
+        return data
+
+    def close(self) -> None:
+        """Give the connection back, or close it; first let its exchange finish."""
+        whole = self._raw.closed if self._ours is None else self._ours.isclosed()
+        if not whole:
+            self._raw.close()
+        self._raw.release_conn()
+
+
+def _read_all(raw: Any, exchange: Exchange, request: WireRequest, limit: int) -> WireResponse:
+    """The answer with its decoded body: within `limit`, or, of an error, as much as is worth keeping."""
+    headers = _headers(raw)
+    excerpt = raw.status >= 300
+    body = _Body(raw)
+    pieces: list[bytes] = []
     failure: LLMError | None = None
     try:
-        try:
-            return _read_body(raw, limit, cut=cut, request=request)
-        except LLMError as error:
-            failure = error
-        except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
-            failure = translate(error, exchange, request, None)
-        else:
-            failure = None
+        _collect(body, pieces, headers, MAX_ERROR_BODY if excerpt else limit, request, excerpt)
+    except LLMError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
+        failure = translate(error, exchange, request, None)
     finally:
-        # Whole: it went back to the pool by itself. Not whole: nobody may read on.
-        if failure is not None or not _is_closed(raw):
-            raw.close()
-        raw.release_conn()
-        if failure is None and exchange.stopped:
-            failure = translate(OSError("stopped"), exchange, request, None)
-            raise failure
-    raise failure
+        exchange.finish()
+        body.close()
+    if exchange.stopped:
+        failure = translate(OSError("stopped"), exchange, request, None)
+    # An error that says so in its first line is not less true if the rest does not come.
+    if failure is not None and not (excerpt and exchange.stopped in (None, "timeout", "idle")):
+        raise failure
+    return WireResponse(raw.status, headers, b"".join(pieces))
 
 
-def _read_body(raw: Any, limit: int, *, cut: bool, request: WireRequest) -> bytes:
-    headers = _headers(raw)
-    decode = _decoder(headers, limit, request, cut=cut)
+def _collect(
+    body: _Body,
+    pieces: list[bytes],
+    headers: Mapping[str, str],
+    limit: int,
+    request: WireRequest,
+    excerpt: bool,
+) -> None:
+    decode = _decoder(headers, limit, request)
     length = headers.get("content-length", "")
-    if length.isdecimal() and len(length) < 19 and decode is None:
+    if decode is None and length.isdecimal() and len(length) < 19:
         if int(length) <= limit:
-            body: bytes = raw.read(decode_content=False)
-            return body
-        if not cut:
+            pieces.append(body.read_whole())
+            return
+        if not excerpt:
             raise too_large(request, limit)
-    pieces: list[bytes] = []
     size = 0
     while size <= limit:
-        data = raw.read1(_READ_SIZE, decode_content=False)
+        data = body.read()
         piece = data if decode is None else decode.feed(data) if data else decode.finish()
         size += len(piece)
         pieces.append(piece)
         if not data:
-            return b"".join(pieces)
-    if cut:
-        return b"".join(pieces)[:limit]
-    raise too_large(request, limit)
-
-
-def _is_closed(raw: Any) -> bool:
-    return bool(raw.closed)
+            return
+    if not excerpt:
+        raise too_large(request, limit)
 
 
 def too_large(request: WireRequest, limit: int) -> LLMResponseError:
@@ -968,32 +1023,30 @@ def too_large(request: WireRequest, limit: int) -> LLMResponseError:
 class _Inflater:
     """gzip and deflate, bounded: a small body that unfolds into gigabytes is refused, a cut one too."""
 
-    def __init__(self, encoding: str, limit: int, request: WireRequest, *, cut: bool) -> None:
+    def __init__(self, encoding: str, limit: int, request: WireRequest) -> None:
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS | (16 if "gzip" in encoding else 0))
-        self._limit, self._cut, self._request = limit, cut, request
+        self._limit, self._request = limit, request
         self._size = 0
 
     def feed(self, data: bytes) -> bytes:
         out = self._inflate.decompress(data, self._limit - self._size + 1)
         self._size += len(out)
-        if self._size > self._limit and not self._cut:
+        if self._size > self._limit:
             raise too_large(self._request, self._limit)
         return out
 
     def finish(self) -> bytes:
-        if not self._inflate.eof and self._size <= self._limit:
+        if not self._inflate.eof:
             raise http.client.IncompleteRead(b"")
         return b""
 
 
-def _decoder(
-    headers: Mapping[str, str], limit: int, request: WireRequest, *, cut: bool = False
-) -> _Inflater | None:
+def _decoder(headers: Mapping[str, str], limit: int, request: WireRequest) -> _Inflater | None:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         return None
     if encoding in ("gzip", "x-gzip", "deflate"):
-        return _Inflater(encoding, limit, request, cut=cut)
+        return _Inflater(encoding, limit, request)
     raise LLMResponseError(
         f"{_place(request)} answered in an encoding that was not asked for: {clean(encoding)[:40]}"
     )

@@ -130,12 +130,7 @@ def environment() -> dict[str, str]:
         if not k.upper().endswith(ends) and not k.upper().startswith(starts)
     }
     # litellm would otherwise fetch its price list from the network when it is imported.
-    return {
-        **kept,
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONWARNINGS": "ignore",
-    }
+    return {**kept, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONWARNINGS": "ignore"}
 
 
 def cpu(who: int | None = None) -> float:

@@ -136,7 +136,7 @@ def prepare(
 ) -> dict[str, str]:
     """The interpreter of each client; one that cannot be installed is left out, with a line that "
     "says so."""
-    pythons = {}
+    pythons: dict[str, str] = {}
     for name in names:
         if options.no_peers and name in ENVIRONMENTS and name != OURS:
             if name in UNDER_OURS and OURS in pythons:

@@ -353,7 +353,7 @@ class Server:
         self.listener.setblocking(False)
         self.port = self.listener.getsockname()[1]
         self.buffer = bytearray(1 << 20)
-        self.timers: list[tuple[float, int, Connection]] = []
+        self.timers: list[tuple[float, int, Connection, Iterator[bytes]]] = []
         self.order = itertools.count()
 
     def serve(self) -> None:
@@ -380,9 +380,11 @@ class Server:
 
     def run_timers(self) -> None:
         while self.timers and self.timers[0][0] <= time.monotonic():
-            due, _, conn = heapq.heappop(self.timers)
-            piece = next(conn.parts, None) if conn.parts else None
-            if piece is None or conn.sock.fileno() < 0:
+            due, _, conn, parts = heapq.heappop(self.timers)
+            if conn.parts is not parts:
+                continue  # closed, or asked again since
+            piece = next(parts, None)
+            if piece is None:
                 conn.parts = None
                 continue
             try:
@@ -390,8 +392,11 @@ class Server:
             except OSError:
                 self.close(conn)
                 continue
-            # From the due time, not from now: lateness does not add up.
-            heapq.heappush(self.timers, (due + conn.gap, next(self.order), conn))
+            self.wake(conn, due)  # not from now: lateness does not add up
+
+    def wake(self, conn: Connection, since: float) -> None:
+        if conn.parts:
+            heapq.heappush(self.timers, (since + conn.gap, next(self.order), conn, conn.parts))
 
     def accept(self) -> None:
         try:
@@ -455,9 +460,7 @@ class Server:
             elif path in answers.streams:
                 conn.parts, conn.gap = answers.parts(path)
                 if conn.gap:
-                    heapq.heappush(
-                        self.timers, (time.monotonic() + conn.gap, next(self.order), conn)
-                    )
+                    self.wake(conn, time.monotonic())
                     return
             else:
                 conn.rest = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"

@@ -8,6 +8,7 @@ its native blocks in `message.content_blocks`, which are sent back as they were.
 from __future__ import annotations
 
 import json
+from io import StringIO
 from typing import Any
 
 from LLM.errors import (
@@ -368,7 +369,7 @@ class MessagesDecoder:
         self._call = call
         self._head: dict[str, Any] = {}
         self._blocks: dict[int, dict[str, Any]] = {}
-        self._pieces: dict[int, list[str]] = {}  # text, thinking or JSON of each block
+        self._pieces: dict[int, StringIO] = {}  # text, thinking or JSON of each block
         self._tools: dict[int, base.PartialToolCall] = {}
         self._usage: dict[str, Any] = {}
         self._stop_reason: str | None = None
@@ -432,14 +433,14 @@ class MessagesDecoder:
 
     def _start_block(self, index: int, block: dict[str, Any]) -> list[StreamEvent]:
         self._blocks[index] = dict(block)
-        pieces = self._pieces[index] = []
+        pieces = self._pieces[index] = StringIO()
         kind = block.get("type")
         if kind == "tool_use":
             self.progress += 1
             self._tools[index] = base.PartialToolCall(block.get("id"), block.get("name") or "")
         for field in ("text", "thinking"):
             if kind == field and block.get(field):
-                pieces.append(block[field])
+                pieces.write(block[field])
                 self.progress += 1
                 event = base.text_event if kind == "text" else base.reasoning_event
                 return [event(block[field])]
@@ -450,15 +451,15 @@ class MessagesDecoder:
         if kind == "text_delta":
             text = delta.get("text")
             if text:
-                self._piece(index, "text").append(text)
+                self._piece(index, "text").write(text)
                 return [base.text_event(text)]
         elif kind == "thinking_delta":
             text = delta.get("thinking")
             if text:
-                self._piece(index, "thinking").append(text)
+                self._piece(index, "thinking").write(text)
                 return [base.reasoning_event(text)]
         elif kind == "input_json_delta":
-            self._piece(index, "tool_use").append(delta.get("partial_json") or "")
+            self._piece(index, "tool_use").write(delta.get("partial_json") or "")
         elif kind == "signature_delta":
             block = self._blocks.setdefault(index, {"type": "thinking"})
             block["signature"] = block.get("signature", "") + (delta.get("signature") or "")
@@ -467,22 +468,21 @@ class MessagesDecoder:
             block["citations"] = [*(block.get("citations") or []), delta.get("citation")]
         return []
 
-    def _piece(self, index: int, kind: str) -> list[str]:
+    def _piece(self, index: int, kind: str) -> StringIO:
         self.progress += 1
         pieces = self._pieces.get(index)
         if pieces is None:  # the block's start was left out
             self._blocks[index] = {"type": kind}
-            pieces = self._pieces[index] = []
+            pieces = self._pieces[index] = StringIO()
         return pieces
 
     def _stop_block(self, index: int) -> list[StreamEvent]:
         call = self._tools.get(index)
         if call is None or call.handed_over:
             return []
-        pieces = self._pieces.get(index)
         # Some servers send the whole input at the start and no deltas.
         whole = json.dumps(self._blocks[index].get("input") or {}, ensure_ascii=False)
-        call.arguments = pieces if pieces and any(pieces) else [whole]
+        call.arguments = [self._text(index) or whole]
         return [base.tool_event(call)]
 
     def finish(self) -> list[StreamEvent]:
@@ -503,9 +503,12 @@ class MessagesDecoder:
         )
         return _answer(self._call, native)
 
+    def _text(self, index: int) -> str:
+        return self._pieces[index].getvalue() if index in self._pieces else ""
+
     def _whole_block(self, index: int) -> dict[str, Any]:
         block = dict(self._blocks[index])
-        text = "".join(self._pieces.get(index, ()))
+        text = self._text(index)
         kind = block.get("type")
         if kind in ("text", "thinking"):
             block[kind] = text

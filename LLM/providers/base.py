@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import pydantic_core
@@ -163,12 +164,37 @@ def encode(body: Mapping[str, Any]) -> bytes:
     Raises:
         LLMConfigError: something in it is not JSON; the message says where.
     """
-    try:
-        text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode()
-    except (TypeError, ValueError, RecursionError):
-        pass
+    if _is_plain(body):
+        with suppress(ValueError):
+            return pydantic_core.to_json(body)
+    # A str that is an enumeration, a key that is a number: odd, and json knows what to do.
+    with suppress(TypeError, ValueError, RecursionError):
+        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     raise LLMConfigError(f"{_not_json(body, '')} is not JSON and cannot be sent")
+
+
+_PLAIN = frozenset({str, int, bool, type(None)})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is JSON to the letter. pydantic's serializer is four times as quick, and trusts us."""
+    rest = [value]
+    for _ in range(1_000_000):  # more is a cycle
+        if not rest:
+            return True
+        item = rest.pop()
+        kind = type(item)
+        if kind in _PLAIN:
+            continue
+        if kind is dict:
+            if not all(type(key) is str for key in item):
+                return False
+            rest.extend(item.values())
+        elif kind is list:
+            rest.extend(item)
+        elif kind is not float or item - item != 0:
+            return False
+    return False
 
 
 def _not_json(value: Any, path: str, depth: int = 0) -> str:

@@ -7,6 +7,7 @@ beside the code that bears with them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import StringIO
 from typing import Any
 
 from LLM.errors import (
@@ -143,8 +144,8 @@ class _ChoiceFold:
     __slots__ = ("extra", "finish_reason", "reasoning", "text", "tools")
 
     def __init__(self) -> None:
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
+        self.text = StringIO()  # grows by the text alone, where a list grows by each piece
+        self.reasoning = StringIO()
         self.tools: dict[Any, base.PartialToolCall] = {}
         self.finish_reason: str | None = None
         self.extra: dict[str, Any] = {}  # fields of the delta that we do not know, folded
@@ -194,7 +195,7 @@ class ChatDecoder:
             text = delta.get("content")
             bare = choice.get("finish_reason") is None and choice.get("logprobs") is None
             if bare and text and type(text) is str:
-                self._first.text.append(text)
+                self._first.text.write(text)
                 self.progress += 1
                 return [base.text_event(text)]
         events: list[StreamEvent] = []
@@ -252,13 +253,13 @@ class ChatDecoder:
 
     def _take_text(self, text: str, fold: _ChoiceFold, events: list[StreamEvent]) -> None:
         if text:
-            fold.text.append(text)
+            fold.text.write(text)
             self.progress += 1
             events.append(base.text_event(text))
 
     def _take_reasoning(self, text: str, fold: _ChoiceFold, events: list[StreamEvent]) -> None:
         if text:
-            fold.reasoning.append(text)
+            fold.reasoning.write(text)
             self.progress += 1
             events.append(base.reasoning_event(text))
 
@@ -318,9 +319,9 @@ def _chat_choice(index: int, fold: _ChoiceFold) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index, "finish_reason": fold.finish_reason}
     if "logprobs" in extra:
         choice["logprobs"] = extra.pop("logprobs")
-    message: dict[str, Any] = {**extra, "content": "".join(fold.text) if fold.text else None}
-    if fold.reasoning:
-        message["reasoning_content"] = "".join(fold.reasoning)
+    message: dict[str, Any] = {**extra, "content": fold.text.getvalue() or None}
+    if reasoning := fold.reasoning.getvalue():
+        message["reasoning_content"] = reasoning
     if fold.tools:
         message["tool_calls"] = [call.whole() for call in fold.tools.values()]
     elif message["content"] is None:
@@ -332,7 +333,7 @@ def _completion_choice(index: int, fold: _ChoiceFold) -> dict[str, Any]:
     return {
         **fold.extra,
         "index": index,
-        "text": "".join(fold.text),
+        "text": fold.text.getvalue(),
         "finish_reason": fold.finish_reason,
     }
 
