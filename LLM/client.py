@@ -88,8 +88,9 @@ class _Ledger:
         with self._lock:
             self.calls += 1
 
-    def note(self, outcome: Done | Stream) -> None:
-        self._last.answer = outcome.answer if isinstance(outcome, Done) else outcome
+    def note(self, outcome: Done | Stream | None) -> None:
+        if outcome is not None:
+            self._last.answer = outcome.answer if isinstance(outcome, Done) else outcome
 
     @property
     def last(self) -> Answer | None:
@@ -107,6 +108,7 @@ class LLM:
         session: a `requests.Session` of your own: its adapters, hooks and proxies are used. Its
             authentication, cookies and redirects are not, and `close()` does not close it.
         retries: a `RetryPolicy`, or any `urllib3.util.Retry`, in place of the config's retry settings.
+        clock: for tests: what tells the time and sleeps between attempts.
         settings: settings by name, as shortcuts: `LLM(model="openai/gpt-4o")`; they beat the config's.
 
     Raises:
@@ -119,6 +121,7 @@ class LLM:
         *,
         session: Any = None,
         retries: Any = None,
+        clock: Clock | None = None,
         **settings: Any,
     ) -> None:
         if config is None:
@@ -129,10 +132,9 @@ class LLM:
             config = config.replace(**settings)
         self.config = config
         self._retries = retries
-        self._clock = Clock()
+        self._clock = clock or Clock()
         self._ledger = _Ledger()
-        self._transport = Transport(config, session)
-        self._closed = False
+        self._transport = Transport(config, self._clock, session)
         self._assemble()
         where = find_target(config)
         log.info("client created: %s at %s", where.host.name, address(where))
@@ -414,14 +416,13 @@ class LLM:
     @property
     def closed(self) -> bool:
         """Whether it was closed and not used since."""
-        return self._closed
+        return self._transport.closed
 
     def close(self) -> None:
         """Close all connections, those of abandoned streams too. A later call opens new ones."""
-        self._transport.close()
-        if not self._closed:
-            self._closed = True
+        if not self._transport.closed:
             log.info("closed")
+        self._transport.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -445,7 +446,6 @@ class LLM:
         provider = provider_of(call.target)
         job = Job(call, provider, provider.build(call), started)
         self._ledger.count()
-        self._closed = False
         outcome = self._handle(job)
         return outcome.answer if isinstance(outcome, Done) else outcome
 

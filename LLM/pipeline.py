@@ -7,6 +7,7 @@ raises an `LLMError`. What a layer knows lives in its policy's module.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -46,7 +47,7 @@ class Outcome(Protocol):
 class Done:
     """A response: done when it comes."""
 
-    __slots__ = ("answer", "request_id")
+    __slots__ = ("__weakref__", "answer", "request_id")
 
     def __init__(self, answer: Answer, request_id: str | None) -> None:
         self.answer = answer
@@ -85,17 +86,20 @@ def observe(clock: Clock, note: Callable[[Any], None]) -> Layer:
             if isinstance(outcome, Done):
                 outcome.answer.note(latency_ms=(clock.now() - job.started) * 1000)
 
+            # Weakly: a stream that waits for its callback must not be kept alive by it.
+            reference, identity = weakref.ref(outcome), outcome.request_id
+
             def finished(usage: TokenUsage | None) -> None:
                 if log.isEnabledFor(logging.INFO):
                     milliseconds = (clock.now() - job.started) * 1000
                     tokens = usage.total_tokens if usage else None
                     log.info(
                         "call finished: %s, %s tokens, %.0f ms",
-                        outcome.request_id,
+                        identity,
                         tokens,
                         milliseconds,
                     )
-                note(outcome)
+                note(reference())
 
             outcome.when_done(finished)
             return outcome

@@ -44,7 +44,7 @@ from LLM.errors import (
     LLMTimeoutError,
 )
 from LLM.forks import renew_after_fork
-from LLM.providers.base import MAX_ERROR_BODY, WireRequest, WireResponse, clean
+from LLM.providers.base import MAX_ERROR_BODY, Call, WireRequest, WireResponse, clean
 from LLM.version import __version__
 
 _READ_SIZE = 64 * 1024
@@ -86,8 +86,8 @@ class Exchange:
         "stopped",
     )
 
-    def __init__(self, deadline_at: float | None) -> None:
-        self.deadline_at = FOREVER if deadline_at is None else deadline_at
+    def __init__(self, deadline_at: float) -> None:
+        self.deadline_at = deadline_at
         self.due = self.deadline_at
         self.clock = "deadline"
         self.stopped: str | None = None  # why: the name of a clock, "cancelled" or "closed"
@@ -652,16 +652,23 @@ class Transport:
 
     Args:
         config: for the pool and the network's settings.
+        clock: the clock of the calls' deadlines.
         session: a session of the user's: its adapters, hooks and proxies are used; its
             authentication, cookies and redirects are not. Stock adapters in it are replaced by ours
             with the same settings; with another kind of adapter, a server that drips its headers
             can outlast the clocks.
     """
 
-    def __init__(self, config: LLMConfig, session: requests.Session | None = None) -> None:
+    def __init__(
+        self, config: LLMConfig, clock: Clock, session: requests.Session | None = None
+    ) -> None:
         self._config = config
         self._given = session
+        self._calls_clock = (
+            clock  # what a call's deadline is measured with; sockets know only the real one
+        )
         self._clock = Clock()
+        self.closed = False
         self.after_fork()
         renew_after_fork(self)
 
@@ -672,24 +679,18 @@ class Transport:
         self._streams: set[Exchange] = set()
         self._networks: dict[str, dict[str, Any]] = {}
 
-    def send(self, request: WireRequest, call: Any) -> WireResponse:
+    def send(self, request: WireRequest, call: Call) -> WireResponse:
         """The answer, read whole, within the call's clocks."""
-        exchange = Exchange(call.deadline_at)
-        if call.timeout is not None:
-            exchange.limit(self._clock.now() + call.timeout, "timeout")
-        WATCHDOG.watch(exchange)
+        exchange = self._exchange(call, "timeout")
         try:
             raw = self._answer(request, exchange, call)
             return _read_all(raw, exchange, request, call.max_response_bytes)
         finally:
             exchange.finish()
 
-    def open(self, request: WireRequest, call: Any) -> WireStream | WireResponse:
+    def open(self, request: WireRequest, call: Call) -> WireStream | WireResponse:
         """The answer as a stream; as a whole if it is not a 2xx."""
-        exchange = Exchange(call.deadline_at)
-        if call.timeout is not None:
-            exchange.limit(self._clock.now() + call.timeout, "idle")
-        WATCHDOG.watch(exchange)
+        exchange = self._exchange(call, "idle")
         stream = None
         try:
             raw = self._answer(request, exchange, call)
@@ -703,6 +704,7 @@ class Transport:
 
     def close(self) -> None:
         """Close the pool and every open stream; a later request opens new ones."""
+        self.closed = True
         self._let_go()
         streams, self._streams = self._streams, set()
         for exchange in list(streams):
@@ -713,7 +715,20 @@ class Transport:
         self._let_go()
         self._streams = set()
 
-    def _answer(self, request: WireRequest, exchange: Exchange, call: Any) -> Any:
+    def _exchange(self, call: Call, clock: str) -> Exchange:
+        """A new exchange under the call's clocks, watched."""
+        self.closed = False
+        now = self._clock.now()
+        left = FOREVER
+        if call.deadline_at is not None:
+            left = call.deadline_at - self._calls_clock.now()
+        exchange = Exchange(now + left)
+        if call.timeout is not None:
+            exchange.limit(now + call.timeout, clock)
+        WATCHDOG.watch(exchange)
+        return exchange
+
+    def _answer(self, request: WireRequest, exchange: Exchange, call: Call) -> Any:
         """The response with its body unread. A stale connection costs one immediate resend."""
         for last in (False, True):
             exchange.fresh_only = last
@@ -726,7 +741,7 @@ class Transport:
             exchange.reused = False
         raise failure
 
-    def _try(self, request: WireRequest, exchange: Exchange, call: Any) -> Any:
+    def _try(self, request: WireRequest, exchange: Exchange, call: Call) -> Any:
         now = self._clock.now()
         left = max(exchange.due - now, 0.001)
         connect = min(call.connect_timeout, left)
@@ -842,7 +857,7 @@ class WireStream:
         raw: Any,
         exchange: Exchange,
         request: WireRequest,
-        call: Any,
+        call: Call,
         streams: set[Exchange],
         clock: Clock,
     ) -> None:
