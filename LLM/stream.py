@@ -13,6 +13,7 @@ from LLM.errors import (
     Attempt,
     LLMAPIError,
     LLMCancelledError,
+    LLMConnectionError,
     LLMError,
     LLMResponseError,
     LLMStreamError,
@@ -109,7 +110,7 @@ class Stream:
         try:
             stream._refill()
         except BaseException:
-            stream.close()
+            stream._end_source()
             raise
         if stream._failure is not None and not stream._ready:
             failure, stream._failure = stream._failure, None
@@ -185,8 +186,8 @@ class Stream:
 
     def close(self) -> None:
         """Stop reading. The connection is kept if the answer was whole, else closed."""
-        if self._source is not None:
-            self._source.end()
+        self._ready.clear()
+        self._end_source()
 
     def cancel(self) -> None:
         """Stop it from another thread: whoever iterates gets `LLMCancelledError`."""
@@ -231,7 +232,7 @@ class Stream:
         except LLMError as error:
             self._broken(error)
         except BaseException:
-            self.close()
+            self._end_source()
             raise
 
     def _read(self) -> None:
@@ -295,6 +296,10 @@ class Stream:
         """The wire failed. After the finish reason nothing is missing but the end itself."""
         if self._decoder.complete and not isinstance(error, (LLMCancelledError, LLMAPIError)):
             self._complete()
+        elif type(error) is LLMConnectionError:
+            broken = LLMStreamError(str(error), **self._origin())
+            broken.__cause__ = error.__cause__
+            self._fail(broken)
         else:
             self._fail(error)
 
@@ -312,7 +317,11 @@ class Stream:
             error.request_id = error.request_id or self._info.request_id
             error.history = self._info.history
         self._failure = error
-        self.close()
+        self._end_source()
+
+    def _end_source(self) -> None:
+        if self._source is not None:
+            self._source.end()
 
     def _fold(self) -> Answer | None:
         if self._source is None:

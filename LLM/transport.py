@@ -890,22 +890,24 @@ class WireStream:
         Raises:
             LLMConnectionError: the stream broke, a clock ran out, or it was stopped.
         """
-        failure: BaseException | None = None
-        while True:
-            try:
-                data = self._body.read()
-            except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
-                failure = error
-                break
-            if self._exchange.stopped:
-                failure = OSError("stopped")
-                break
-            if not data or self._decode is None:
-                return data if data or self._decode is None else self._decode.finish()
-            data = self._decode.feed(data)
-            if data:
+        data = b""
+        try:
+            while not data:
+                raw = self._body.read()
+                if self._exchange.stopped:
+                    break
+                if self._decode is None:
+                    return raw
+                data = self._decode.feed(raw) if raw else self._decode.finish()
+                if not raw:
+                    return data
+            else:
                 return data
-        broken = translate(failure, self._exchange, self._request, None)
+            broken = translate(OSError("stopped"), self._exchange, self._request, None)
+        except LLMError as error:
+            broken = error
+        except Exception as error:  # noqa: BLE001 - the seam: nothing foreign passes
+            broken = translate(error, self._exchange, self._request, None)
         self.close()
         raise broken
 
