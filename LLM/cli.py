@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 from urllib.parse import urlsplit
 
+from LLM.clock import Clock
 from LLM.errors import (
     LLMAPIError,
     LLMAuthenticationError,
@@ -1096,8 +1099,8 @@ class _RichScreen(_Screen):
     def __init__(self) -> None:
         from rich.console import Console
 
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._out = Console(highlight=False)
+        self._err = Console(stderr=True, highlight=False)
 
     def answer(self) -> _View:
         return _MarkdownView()
@@ -1122,11 +1125,15 @@ class _RichScreen(_Screen):
             texts[1].stylize("green" if mark else "dim")
             shown.add_row(*texts)
         self._out.print(f"\n{title}", style="bold", markup=False)
-        self._out.print(shown, soft_wrap=False)
+        self._out.print(shown)
 
 
 class _MarkdownView:
-    """Markdown, a block at a time: finished ones are printed, the one that grows is redrawn."""
+    """Markdown, a block at a time: finished ones are printed, the one that grows is redrawn.
+
+    Only one thread draws until the end: two would step on each other's lines, and in the main one
+    Ctrl-C could come between the lines.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -1135,34 +1142,53 @@ class _MarkdownView:
 
         self._console = Console(highlight=False)
         self._spinner = Spinner("dots")
-        self._live = Live(
-            self._spinner, console=self._console, transient=True, refresh_per_second=12
-        )
+        self._live = Live(self._spinner, console=self._console, transient=True, auto_refresh=False)
+        self._new: deque[str] = deque()
         self._growing = ""
         self._printed = False
+        self._over = threading.Event()
+        self._painter = threading.Thread(target=self._paint, daemon=True)
 
     def __enter__(self) -> _MarkdownView:
         self._live.start()
+        self._painter.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._painter.join()
         self._live.stop()
-        self._print(self._growing)
+        self._print(self._growing + "".join(self._new))
 
     def think(self) -> None:
-        if not self._growing and not self._printed:
+        if not self._spinner.text:
             self._spinner.update(text="thinking …", style="dim")
 
     def write(self, text: str) -> None:
-        finished, self._growing = split_blocks(self._growing + _clean(text))
+        self._new.append(_clean(text))
+
+    def _paint(self) -> None:
+        """Redraw 12 times a second, and never for more than a fifth of the time."""
+        clock = Clock()
+        pause = 0.0
+        while not self._over.wait(pause):
+            begun = clock.now()
+            self._redraw()
+            pause = max(1 / 12, 4 * (clock.now() - begun))
+
+    def _redraw(self) -> None:
+        while self._new:
+            self._growing += self._new.popleft()
+        finished, self._growing = split_blocks(self._growing)
         self._print(finished)
-        self._live.update(_Block(self._growing, spaced=self._printed, growing=True))
+        started = self._printed or self._growing
+        block = _Block(self._growing, spaced=self._printed, growing=True)
+        self._live.update(block if started else self._spinner, refresh=True)
 
     def _print(self, text: str) -> None:
-        if not text.strip():
-            return
-        self._console.print(_Block(text, spaced=self._printed))
-        self._printed = True
+        if text.strip():
+            self._console.print(_Block(text, spaced=self._printed))
+            self._printed = True
 
 
 class _Block:

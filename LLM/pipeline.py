@@ -136,7 +136,8 @@ def retry(policy: RetryPolicy, clock: Clock) -> Layer:
                 waited = following.wait(failure) if following is not None else 0.0
                 late = deadline_at is not None and clock.now() + waited >= deadline_at
                 if following is None or late:
-                    raise failure
+                    # Without the frames below: their variables hold what the server said.
+                    raise failure.with_traceback(None)
                 current = following
                 attempts = len(history) + 1 + int(following.total or 0)
                 log.debug(

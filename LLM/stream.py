@@ -141,7 +141,7 @@ class Stream:
         if failure is None:
             raise StopIteration
         if self._raise:
-            raise failure
+            raise failure.with_traceback(None)  # the frames below hold what the server said
         return StreamEvent(EventType.ERROR, error=failure)
 
     @property

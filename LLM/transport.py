@@ -44,7 +44,7 @@ from LLM.errors import (
     LLMTimeoutError,
 )
 from LLM.forks import renew_after_fork
-from LLM.providers.base import MAX_ERROR_BODY, Call, WireRequest, WireResponse, clean
+from LLM.providers.base import MAX_ERROR_BODY, Call, WireRequest, WireResponse, clean, redact
 from LLM.version import __version__
 
 _READ_SIZE = 64 * 1024
@@ -500,7 +500,7 @@ def _connect(wire: HTTPConnection, exchange: Exchange) -> socket.socket:
     try:
         addresses = _resolve(host, wire.port, end - clock.now())
     except OSError as error:
-        raise urllib3.exceptions.NameResolutionError(host, wire, error) from None  # type: ignore[arg-type]  # any OSError will do
+        raise urllib3.exceptions.NameResolutionError(host, wire, error) from error  # type: ignore[arg-type]  # any OSError will do
     failure: OSError = OSError("the name has no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
         sock = socket.socket(family, kind, protocol)
@@ -1096,11 +1096,11 @@ def translate(
     if stopped in ("cancelled", "closed"):
         what = "the client was closed" if stopped == "closed" else "cancelled"
         return LLMCancelledError(f"{place}: {what} before the answer was whole")
-    if stopped or isinstance(root, TimeoutError) or _any(causes, urllib3.exceptions.TimeoutError):
+    connecting = any(type(c) is urllib3.exceptions.ConnectTimeoutError for c in causes)
+    unresolved = _any(causes, urllib3.exceptions.NameResolutionError)
+    if stopped or connecting or isinstance(root, TimeoutError):
         clock = stopped or exchange.clock
-        if not stopped and _any(
-            causes, urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NameResolutionError
-        ):
+        if not stopped and (connecting or unresolved):
             clock = "connect"
         failure = LLMTimeoutError(
             _TIMEOUTS[clock].format(place=place, connect=connect), clock=clock
@@ -1113,7 +1113,7 @@ def translate(
         )
     elif _any(causes, urllib3.exceptions.ProxyError):
         failure = LLMConnectionError(f"{place}: the proxy failed ({_says(root)})")
-    elif _any(causes, urllib3.exceptions.NameResolutionError):
+    elif unresolved:
         failure = LLMConnectionError(f"{place}: the name cannot be resolved ({_says(root)})")
     elif _any(causes, urllib3.exceptions.NewConnectionError):
         hint = "; is the server running?" if _refused(root) else ""
@@ -1128,8 +1128,10 @@ def translate(
         failure = LLMConnectionError(
             f"{place}: the connection broke before an answer came ({_says(root)})"
         )
+    failure.args = (redact(str(failure), request.key),)
     if isinstance(root, OSError):
-        failure.__cause__ = OSError(*root.args[:2]) if root.args else OSError(type(root).__name__)
+        told = redact(_says(root), request.key)
+        failure.__cause__ = OSError(root.errno, told) if root.errno else OSError(told)
     return failure
 
 
@@ -1153,7 +1155,8 @@ def _causes(error: BaseException) -> Iterable[BaseException]:
             for a in (getattr(current, "reason", None), *current.args[::-1], current.__cause__)
             if isinstance(a, BaseException)
         ]
-        current = inner[0] if inner else current.__context__
+        outer = None if current.__suppress_context__ else current.__context__
+        current = inner[0] if inner else outer
 
 
 def _any(causes: list[BaseException], *classes: type[BaseException]) -> bool:

@@ -27,7 +27,7 @@ def is_local(host):
     """Whether a host never leaves this machine; no host at all is one to listen on."""
     if isinstance(host, bytes):
         host = host.decode()
-    if host is None or host in {"", "localhost"}:
+    if host is None or host in {"", "localhost"} or host.endswith(".localhost"):
         return True
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback

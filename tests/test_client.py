@@ -544,7 +544,13 @@ def test_logging_says_what_happened_and_never_what_was_said(server, caplog):
         llm.reset_session()
     ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "LLM"]
     text = "\n".join(message for _, message in ours)
-    assert [level for level, _ in ours if level != "DEBUG"] == ["INFO", "INFO", "ERROR", "INFO", "INFO"]
+    assert [level for level, _ in ours if level != "DEBUG"] == [
+        "INFO",
+        "INFO",
+        "ERROR",
+        "INFO",
+        "INFO",
+    ]
     assert "attempt 2 of 4 in 1.0 s: 503" in text
     assert "gpt-4" in text
     assert "1 messages" in text

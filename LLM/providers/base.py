@@ -92,6 +92,10 @@ class WireResponse(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
 
+    def __repr__(self) -> str:
+        # A traceback may show it, and a server may have echoed the key.
+        return f"WireResponse(status={self.status}, {len(self.body)} bytes)"
+
 
 class EventDecoder(Protocol):
     """Turns the server-sent events of one stream into ours, and remembers what came.

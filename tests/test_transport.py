@@ -1,0 +1,456 @@
+"""What goes over the wire and what does not: connections, clocks, proxies, credentials, forks."""
+
+import gc
+import os
+import socket
+import threading
+import time
+import traceback
+
+import pytest
+import requests
+import responses
+from requests.adapters import HTTPAdapter
+
+from LLM import LLM, LLMConfig, LLMConnectionError, LLMError, LLMServerError, LLMTimeoutError
+from LLM.transport import WATCHDOG, Adapter, Exchange, is_loopback
+from tests.fakes import CHAT, chunk, hang_up, http, raw_server, stream_head
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+KEY = "sk-very-secret-0123456789"
+
+
+def client(url, **settings):
+    settings = {"api_key": KEY, "max_retries": 0, **settings}
+    return LLM(LLMConfig(base_url=url, **settings))
+
+
+def test_the_request_as_it_goes_out():
+    with raw_server(lambda c, n: c.sendall(http())) as server, client(server.url) as llm:
+        llm.chat_completion(HELLO, temperature=0)
+        request = server.requests[0]
+    head, _, body = request.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "POST /v1/chat/completions HTTP/1.1"
+    headers = dict(line.split(": ", 1) for line in lines[1:])
+    assert headers.pop("Idempotency-Key")
+    assert headers.pop("User-Agent").startswith("requests-llm/")
+    assert headers == {
+        "Host": server.url.removeprefix("http://"),
+        "Accept": "application/json",
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        "Authorization": f"Bearer {KEY}",
+        "Content-Length": str(len(body)),
+    }
+    assert body == (
+        b'{"model":"gpt-4","messages":[{"role":"user","content":"Hello!"}],"temperature":0}'
+    )
+
+
+def test_a_large_request_arrives_whole():
+    text = "ä€😀" * 300_000
+    with raw_server(lambda c, n: c.sendall(http())) as server, client(server.url) as llm:
+        llm.chat_completion([{"role": "user", "content": text}])
+        assert text.encode() in server.requests[0]
+
+
+def test_drips_end_with_the_timeout():
+    """A timeout that counts each read would wait for ever."""
+
+    def drip(connection, number):
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        for _ in range(1000):
+            connection.sendall(b" ")
+            time.sleep(0.02)
+
+    with raw_server(drip) as server, client(server.url, timeout=0.3) as llm:
+        started = time.monotonic()
+        with pytest.raises(LLMTimeoutError) as caught:
+            llm.chat_completion(HELLO)
+        assert time.monotonic() - started < 0.8
+    assert caught.value.clock == "timeout"
+    assert caught.value.retriable
+    assert isinstance(caught.value, TimeoutError)
+
+
+def test_the_deadline_bounds_all_attempts_together():
+    with raw_server(lambda c, n: time.sleep(5)) as server:
+        with client(server.url, timeout=0.2, deadline=0.5, max_retries=50, retry_delay=0.01) as llm:
+            started = time.monotonic()
+            with pytest.raises(LLMTimeoutError) as caught:
+                llm.chat_completion(HELLO)
+            assert time.monotonic() - started < 1
+    assert caught.value.attempts >= 2
+
+
+def test_keep_alives_are_no_content():
+    def comments(connection, number):
+        connection.sendall(stream_head("connection: close") + chunk("a"))
+        for _ in range(1000):
+            connection.sendall(b": keep-alive\n\n")
+            time.sleep(0.02)
+
+    with raw_server(comments) as server, client(server.url, timeout=0.3) as llm:
+        stream = llm.stream(HELLO)
+        next(stream)
+        started = time.monotonic()
+        with pytest.raises(LLMTimeoutError) as caught:
+            next(stream)
+        assert time.monotonic() - started < 0.8
+    assert caught.value.clock == "idle"
+    assert caught.value.partial.text == "a"
+
+
+def test_a_silent_listener_ends_with_the_timeout():
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with client(url, timeout=0.3) as llm, pytest.raises(LLMTimeoutError):
+            llm.chat_completion(HELLO)
+
+
+def test_a_name_that_nobody_resolves_in_time(monkeypatch):
+    asked = threading.Event()
+    real = socket.getaddrinfo
+
+    def slow(host, *args, **kwargs):
+        if host == "slow.localhost" and not args[-1] == socket.AI_NUMERICHOST:
+            asked.wait(5)
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with client("http://slow.localhost:9", connect_timeout=0.2) as llm:
+        started = time.monotonic()
+        with pytest.raises(LLMTimeoutError) as caught:
+            llm.chat_completion(HELLO)
+        asked.set()
+    assert time.monotonic() - started < 0.7
+    assert caught.value.clock == "connect"
+
+
+def test_a_name_that_does_not_exist():
+    with (
+        client("http://nowhere.invalid") as llm,
+        pytest.raises(LLMConnectionError, match="resolve"),
+    ):
+        llm.chat_completion(HELLO)
+
+
+def test_a_stale_connection_costs_one_free_resend():
+    def answer(connection, number):
+        connection.sendall(http())
+        hang_up(connection) if number == 1 else None
+
+    with raw_server(answer) as server, client(server.url) as llm:
+        llm.chat_completion(HELLO)
+        time.sleep(0.05)
+        assert llm.chat_completion(HELLO).attempts == 1
+        assert server.connections == 2
+
+
+def test_a_connection_that_dies_under_the_request_is_resent_once():
+    """The server closes when the second request on a connection comes: no byte of an answer."""
+
+    def answer(connection, number):
+        if number == 2:
+            hang_up(connection)
+        else:
+            connection.sendall(http())
+
+    with raw_server(answer) as server, client(server.url) as llm:
+        assert llm.chat_completion(HELLO).attempts == 1
+        assert llm.chat_completion(HELLO).attempts == 1
+        assert len(server.requests) == 3
+
+
+def test_a_fresh_connection_that_dies_is_not_resent_for_free():
+    with raw_server(lambda c, n: hang_up(c)) as server, client(server.url) as llm:
+        with pytest.raises(LLMConnectionError):
+            llm.chat_completion(HELLO)
+        assert len(server.requests) == 1
+
+
+def test_bytes_after_a_response_are_nobodys_answer():
+    wrong = CHAT.replace(b"right", b"WRONG")
+
+    def answer(connection, number):
+        connection.sendall(http() + (http(wrong) if number == 1 else b""))
+
+    with raw_server(answer) as server, client(server.url) as llm:
+        assert llm.chat_completion(HELLO).text == "right"
+        assert llm.chat_completion(HELLO).text == "right"
+        assert server.connections == 2
+
+
+def test_early_hints_are_not_the_answer():
+    hints = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3
+    with raw_server(lambda c, n: c.sendall(hints + http())) as server, client(server.url) as llm:
+        for _ in range(3):
+            assert llm.chat_completion(HELLO).text == "right"
+        assert server.connections == 1
+
+
+def test_headers_cut_by_a_close_are_no_success():
+    def answer(connection, number):
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
+        hang_up(connection)
+
+    with raw_server(answer) as server, client(server.url) as llm:
+        with pytest.raises(LLMConnectionError, match="broke off"):
+            llm.chat_completion(HELLO)
+
+
+@pytest.mark.parametrize("how", ["requests", "session"])
+def test_redirects_are_named_and_not_followed(how):
+    with raw_server(lambda c, n: c.sendall(http())) as other:
+        head = f"HTTP/1.1 307 Temporary\r\nlocation: {other.url}/v1\r\ntransfer-encoding: chunked\r\n\r\n"
+
+        def answer(connection, number):
+            connection.sendall(head.encode())
+            with pytest.raises(OSError):  # a body that never ends
+                while True:
+                    connection.sendall(b"5\r\nhello\r\n")
+
+        session = requests.Session() if how == "session" else None
+        with raw_server(answer) as server:
+            config = LLMConfig(base_url=server.url, api_key=KEY, max_retries=0)
+            with LLM(config, session=session) as llm:
+                with pytest.raises(LLMError, match=other.url) as caught:
+                    llm.chat_completion(HELLO)
+        assert caught.value.status_code == 307
+        assert other.requests == []
+
+
+def test_cookies_are_refused():
+    answer = http(headers=["set-cookie: track=me; path=/"])
+    with raw_server(lambda c, n: c.sendall(answer)) as server, client(server.url) as llm:
+        llm.chat_completion(HELLO)
+        llm.chat_completion(HELLO)
+        assert b"track" not in server.requests[1]
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_netrc_is_not_read(tmp_path, monkeypatch, key):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login somebody password hunter2\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with (
+        raw_server(lambda c, n: c.sendall(http())) as server,
+        client(server.url, api_key=key) as llm,
+    ):
+        llm.chat_completion(HELLO)
+        request = server.requests[0]
+    assert b"Basic" not in request
+    assert (KEY.encode() in request) == (key is not None)
+
+
+def test_loopback_never_goes_through_a_proxy_of_the_environment(server, monkeypatch):
+    with raw_server(lambda c, n: c.sendall(http())) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        with client(server.url) as llm:
+            llm.chat_completion(HELLO)
+        assert proxy.requests == []
+
+
+def test_another_host_goes_through_the_proxy_of_the_environment(monkeypatch):
+    with raw_server(lambda c, n: c.sendall(http())) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with client("http://model.invalid") as llm:
+            assert llm.chat_completion(HELLO).text == "right"
+        assert proxy.requests[0].startswith(b"POST http://model.invalid/v1/chat/completions ")
+        monkeypatch.setenv("NO_PROXY", "model.invalid")
+        with client("http://model.invalid") as llm, pytest.raises(LLMConnectionError):
+            llm.chat_completion(HELLO)
+
+
+def test_a_proxy_of_the_config_counts_for_loopback_too(server):
+    with raw_server(lambda c, n: c.sendall(http())) as proxy:
+        with client(server.url, proxies={"http": proxy.url}) as llm:
+            assert llm.chat_completion(HELLO).text == "right"
+        assert len(proxy.requests) == 1
+
+
+def test_a_dead_proxy_is_named():
+    with client("http://model.invalid", proxies={"http": "http://127.0.0.1:9"}) as llm:
+        with pytest.raises(LLMConnectionError, match="proxy"):
+            llm.chat_completion(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True),
+        ("a.localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("localhost.example.com", False),
+        ("example.com", False),
+    ],
+)
+def test_what_loopback_is(host, local):
+    assert is_loopback(host) == local
+
+
+def test_a_session_of_the_users_own(server):
+    seen = []
+    session = requests.Session()
+    session.headers["X-Team"] = "ours"
+    session.auth = ("user", "password")
+    session.cookies["track"] = "me"
+    session.hooks["response"].append(lambda response, **_: seen.append(response.status_code))
+    session.mount("http://", HTTPAdapter(pool_maxsize=3))
+    with LLM(LLMConfig(base_url=server.url, api_key=KEY), session=session) as llm:
+        llm.chat_completion(HELLO)
+        list(llm.stream(HELLO))
+    received = server.requests[0].headers
+    assert received["x-team"] == "ours"
+    assert received["authorization"] == f"Bearer {KEY}"
+    assert "cookie" not in received
+    assert seen == [200, 200]
+    assert server.connections == 1
+    assert isinstance(session.get_adapter("http://x"), Adapter)
+    assert session.get(f"{server.url}/health").status_code == 200  # and it still works without us
+    session.close()
+
+
+@responses.activate
+def test_the_library_responses_sees_what_requests_is_asked_to_send():
+    url = "http://127.0.0.1:8000/v1/chat/completions"
+    responses.post(url, status=500, json={"error": {"message": "down"}})
+    responses.post(url, json={"choices": [{"message": {"content": "mocked"}}]})
+    with LLM(api_key=KEY, retry_delay=0) as llm:
+        assert llm.chat_completion(HELLO).text == "mocked"
+    sent = responses.calls[1].request
+    assert sent.headers["Authorization"] == f"Bearer {KEY}"
+    assert sent.headers["authorization"] == f"Bearer {KEY}"
+    assert b'"messages"' in sent.body
+
+
+@responses.activate
+def test_the_library_responses_can_play_a_stream():
+    body = chunk("mock") + chunk("ed", finish_reason="stop") + b"data: [DONE]\n\n"
+    responses.post("http://127.0.0.1:8000/v1/chat/completions", body=body)
+    with LLM() as llm:
+        assert "".join(llm.stream(HELLO).text_stream) == "mocked"
+
+
+def all_that_an_error_tells(error):
+    parts = [repr(error), str(error), repr(error.args), repr(error.__dict__)]
+    parts += traceback.TracebackException.from_exception(error, capture_locals=True).format()
+    for inner in (error.__cause__, error.__context__):
+        parts += [repr(inner), repr(getattr(inner, "__dict__", ""))]
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("fault", ["refused", "reset", "status", "echo", "timeout", "garbage"])
+def test_the_key_is_nowhere_in_an_error(fault):
+    def answer(connection, number):
+        if fault == "reset":
+            hang_up(connection)
+        elif fault == "status":
+            connection.sendall(http(b"{}", "500 Oops"))
+        elif fault == "echo":
+            body = f'{{"error": {{"message": "Incorrect API key: {KEY}"}}}}'.encode()
+            connection.sendall(http(body, "401 Unauthorized"))
+        elif fault == "garbage":
+            connection.sendall(f"HTTP/9 {KEY}\r\n\r\n".encode())
+        else:
+            time.sleep(1)
+
+    with raw_server(answer) as server:
+        url = "http://127.0.0.1:9" if fault == "refused" else server.url
+        with client(url, timeout=0.3) as llm, pytest.raises(LLMError) as caught:
+            llm.chat_completion(HELLO)
+    assert KEY not in all_that_an_error_tells(caught.value)
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_opens_its_own_connections(server):
+    """With a warm pool, children would read each other's answers."""
+    with client(server.url) as llm:
+        llm.chat_completion(HELLO)
+        children = []
+        for number in range(4):
+            child = os.fork()
+            if child == 0:
+                ask = [{"role": "user", "content": f"say child-{number}"}]
+                right = all(llm.chat_completion(ask).text == f"child-{number}" for _ in range(20))
+                os._exit(0 if right else 1)
+            children.append(child)
+        for _ in range(20):
+            assert llm.chat_completion([{"role": "user", "content": "say parent"}]).text == "parent"
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0, 0]
+    assert server.connections == 5
+
+
+def test_the_watchdog_is_one_thread_and_lets_go():
+    with raw_server(lambda c, n: c.sendall(http())) as server:
+        clients = [client(server.url) for _ in range(3)]
+        for llm in clients:
+            llm.chat_completion(HELLO)
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("LLM-watchdog") == 1
+        for llm in clients:
+            llm.close()
+    assert not [e for e in WATCHDOG._watched if e.socket is not None]
+
+
+def test_a_finished_exchange_cannot_be_stopped():
+    """Its socket may serve another call by then."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        exchange = Exchange(float("inf"))
+        exchange.attach(ours)
+        exchange.finish()
+        exchange.stop("timeout")
+        assert exchange.stopped is None
+        ours.sendall(b"still open")
+        assert theirs.recv(10) == b"still open"
+
+
+def test_an_exchange_stopped_before_it_has_a_socket():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        exchange = Exchange(float("inf"))
+        exchange.stop("cancelled")
+        exchange.attach(ours)
+        assert theirs.recv(1) == b""
+
+
+def test_sockets_are_given_back():
+    """After a hundred failures of all kinds no socket and no thread is left."""
+
+    def answer(connection, number):
+        kind = number % 4
+        if kind == 0:
+            hang_up(connection)
+        elif kind == 1:
+            connection.sendall(http(b"oops", "500 Oops"))
+        elif kind == 2:
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nshort")
+            hang_up(connection)
+        else:
+            connection.sendall(http())
+
+    with raw_server(answer) as server, client(server.url) as llm:
+        for _ in range(100):
+            try:
+                llm.chat_completion(HELLO)
+            except (LLMServerError, LLMConnectionError):
+                pass
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) < 60
+
+
+def test_an_answer_that_is_too_large_is_refused():
+    body = CHAT.replace(b"right", b"x" * 5000)
+    with raw_server(lambda c, n: c.sendall(http(body))) as server:
+        with client(server.url, max_response_bytes=1000) as llm:
+            with pytest.raises(LLMError, match="max_response_bytes"):
+                llm.chat_completion(HELLO)
