@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, cast, overload
 
@@ -19,7 +21,7 @@ from LLM.config import (
 from LLM.errors import LLMConfigError, LLMError
 from LLM.forks import renew_after_fork
 from LLM.pipeline import Done, Job, build_pipeline, observe, retry
-from LLM.policies.retry import RetryPolicy, as_policy
+from LLM.policies.retry import RetryPolicy, RetryQuota, as_policy
 from LLM.providers.base import Call, Target
 from LLM.providers.targets import address, find_target, provider_of
 from LLM.stream import Stream
@@ -63,6 +65,18 @@ def _check(name: str, check: Callable[[Any], object], value: Any) -> None:
         raise LLMConfigError(f"{name} {problem}")
 
 
+# The end of the innermost `with llm.deadline(…)` that this thread (or task) is in. The variable itself
+# never changes; its values belong to the context.
+_deadline: ContextVar[float | None] = ContextVar("LLM deadline", default=None)
+
+
+def _nearest(deadline_at: float | None) -> float | None:
+    outer = _deadline.get()
+    if outer is None or deadline_at is None:
+        return outer if deadline_at is None else deadline_at
+    return min(outer, deadline_at)
+
+
 def _is_lazy(messages: object) -> bool:
     """An iterator, which can be read only once."""
     return isinstance(messages, Iterator)
@@ -72,6 +86,7 @@ class _Ledger:
     """What a client counts and remembers; shared by the clients made `with_options` of it."""
 
     def __init__(self) -> None:
+        self.quota = RetryQuota()
         self.after_fork()
         self.reset()
         renew_after_fork(self)
@@ -152,7 +167,10 @@ class LLM:
             )
         )
         # The order of the journey, outermost first.
-        layers = (observe(clock, self._ledger.note), retry(policy, clock))
+        layers = (
+            observe(clock, self._ledger.note),
+            retry(policy, self._ledger.quota, clock),
+        )
         self._handle = build_pipeline(self._transport, clock, layers)
         self._targets: dict[tuple[str | None, str | None], Target] = {}
 
@@ -376,6 +394,24 @@ class LLM:
             tool_calls=response.tool_calls,
         )
 
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Bound everything inside the `with` block, of this and of any other client.
+
+        Calls, streams, waits and retries inside end with `LLMTimeoutError` (`clock="deadline"`) when
+        the time is over. Nested, the nearest end counts. It holds for this thread; one started
+        inside has to be given the context (`contextvars.copy_context`).
+
+        Args:
+            seconds: wall-clock time for the whole block, above 0.
+        """
+        _check("deadline", checked_seconds, seconds)
+        token = _deadline.set(_nearest(self._clock.now() + seconds))
+        try:
+            yield
+        finally:
+            _deadline.reset(token)
+
     def get_last_response(self) -> Any:
         """The last response of this thread, a stream's once it is over; `None` if there is none."""
         return self._ledger.last
@@ -488,7 +524,7 @@ class LLM:
             connect_timeout=config.connect_timeout
             if timeout is None
             else min(config.connect_timeout, timeout),
-            deadline_at=None if deadline is None else started + deadline,
+            deadline_at=_nearest(None if deadline is None else started + deadline),
             max_response_bytes=config.max_response_bytes,
             idempotency_key=self._clock.new_id(),
         )

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from LLM.clock import Clock
-from LLM.errors import Attempt, LLMError
-from LLM.policies.retry import RetryPolicy
+from LLM.errors import Attempt, LLMError, LLMTimeoutError
+from LLM.policies.retry import RetryPolicy, RetryQuota
 from LLM.providers.base import Call, Provider, WireRequest, WireResponse, request_id
 from LLM.stream import Stream
 from LLM.transport import Transport
@@ -109,13 +109,13 @@ def observe(clock: Clock, note: Callable[[Any], None]) -> Layer:
     return layer
 
 
-def retry(policy: RetryPolicy, clock: Clock) -> Layer:
-    """The loop of attempts: until one succeeds, none can help, or the deadline leaves no room."""
+def retry(policy: RetryPolicy, quota: RetryQuota, clock: Clock) -> Layer:
+    """The loop of attempts: until one succeeds, none can help, or deadline or quota leave no room."""
 
     def layer(handler: Handler) -> Handler:
         def retried(job: Job) -> Any:
             history: tuple[Attempt, ...] = ()
-            current, waited = policy, 0.0
+            current, waited, paid = policy, 0.0, 0
             deadline_at = job.call.deadline_at
             while True:
                 begun = clock.now()
@@ -126,6 +126,7 @@ def retry(policy: RetryPolicy, clock: Clock) -> Layer:
                 else:
                     attempt = Attempt(200, None, waited, clock.now() - begun, outcome.request_id)
                     outcome.record((*history, attempt))
+                    quota.pay_back(paid)
                     return outcome
                 seconds = clock.now() - begun
                 status = getattr(failure, "status_code", None)
@@ -135,10 +136,11 @@ def retry(policy: RetryPolicy, clock: Clock) -> Layer:
                 following = current.after(failure)
                 waited = following.wait(failure) if following is not None else 0.0
                 late = deadline_at is not None and clock.now() + waited >= deadline_at
-                if following is None or late:
+                cost = quota.take(failure) if following is not None and not late else None
+                if following is None or cost is None:
                     # Without the frames below: their variables hold what the server said.
                     raise failure.with_traceback(None)
-                current = following
+                current, paid = following, cost
                 attempts = len(history) + 1 + int(following.total or 0)
                 log.debug(
                     "attempt %d of %d in %.1f s: %s",
@@ -160,6 +162,10 @@ def exchange(transport: Transport, clock: Clock) -> Handler:
     def exchanged(job: Job) -> Any:
         call, provider = job.call, job.provider
         try:
+            if call.deadline_at is not None and clock.now() >= call.deadline_at:
+                raise LLMTimeoutError(
+                    "the deadline had passed before anything was sent", clock="deadline"
+                )
             if not call.stream:
                 response = transport.send(job.request, call)
                 return _parsed(job, response)

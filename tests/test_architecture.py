@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -162,7 +163,21 @@ def test_type_checkers_see_the_public_names():
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("LLM.")
         for alias in node.names
     }
-    assert seen == {name for name in LLM.__all__ if not name.startswith("_")}
+    assert seen - {"__version__"} == set(LLM.__all__)
+
+
+def test_what_is_exported_is_documented():
+    import LLM
+
+    bare = [
+        f"{name}.{part}" if part else name
+        for name in LLM.__all__
+        for thing in [getattr(LLM, name)]
+        if not isinstance(thing, LLM.Unset)
+        for part in ["", *(p for p, v in vars(thing).items() if inspect.isfunction(v))]
+        if not part.startswith("_") and not inspect.getdoc(getattr(thing, part) if part else thing)
+    ]
+    assert bare == []
 
 
 @pytest.mark.parametrize(

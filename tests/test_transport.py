@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import requests
@@ -114,7 +115,7 @@ def test_a_name_that_nobody_resolves_in_time(monkeypatch):
     real = socket.getaddrinfo
 
     def slow(host, *args, **kwargs):
-        if host == "slow.localhost" and not args[-1] == socket.AI_NUMERICHOST:
+        if host == "slow.localhost" and args[-1] != socket.AI_NUMERICHOST:
             asked.wait(5)
         return real(host, *args, **kwargs)
 
@@ -279,7 +280,7 @@ def test_a_dead_proxy_is_named():
 
 
 @pytest.mark.parametrize(
-    ("host", "local"),
+    "host, local",
     [
         ("localhost", True),
         ("a.localhost", True),
@@ -445,7 +446,7 @@ def test_sockets_are_given_back():
             except (LLMServerError, LLMConnectionError):
                 pass
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) < 60
+        assert len(list(Path("/proc/self/fd").iterdir())) < 60
 
 
 def test_an_answer_that_is_too_large_is_refused():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from urllib3.util import Retry
 
 from LLM.clock import Chance, Clock
-from LLM.errors import classify_error
+from LLM.errors import LLMError, LLMRateLimitError, LLMTimeoutError, classify_error
+from LLM.forks import renew_after_fork
 
 T = TypeVar("T")
 
@@ -58,6 +60,7 @@ class RetryPolicy(Retry):
         self.generator = generator or Chance()
 
     def new(self, **changes: Any) -> RetryPolicy:
+        """A policy like this one, with changes; how `urllib3` steps one."""
         ours = {
             "delay": self.delay,
             "jitter": self.jitter,
@@ -95,6 +98,44 @@ class RetryPolicy(Retry):
         if self.status_forcelist and status is not None:
             return status in self.status_forcelist
         return failure.retriable
+
+
+class RetryQuota:
+    """How many retries a client may still spend: in an outage calls fail after one attempt, not four.
+
+    As in the standard mode of AWS's SDKs (the numbers are theirs, 2026-11): 500 tokens; a retry costs
+    14, or 5 after a timeout or a 429; a call that succeeds pays back what its last retry cost, or 1.
+    Shared by all threads of a client.
+    """
+
+    CAPACITY = 500
+    COST = 14
+    SLOW_COST = 5
+
+    def __init__(self) -> None:
+        self.tokens = self.CAPACITY
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def take(self, failure: LLMError) -> int | None:
+        """What a retry after this failure costs, now paid; `None` if there is not enough left."""
+        slow = isinstance(failure, (LLMTimeoutError, LLMRateLimitError))
+        cost = self.SLOW_COST if slow else self.COST
+        with self._lock:
+            if self.tokens < cost:
+                return None
+            self.tokens -= cost
+        return cost
+
+    def pay_back(self, cost: int) -> None:
+        """A call succeeded; `cost` is that of its last retry, 0 if it needed none."""
+        if cost == 0 and self.tokens >= self.CAPACITY:
+            return  # the common case, without a lock
+        with self._lock:
+            self.tokens = min(self.CAPACITY, self.tokens + (cost or 1))
 
 
 class _BorrowedPolicy(RetryPolicy):
