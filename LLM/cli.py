@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -71,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LLMConfigError as error:
         _complain(error)
         return USAGE
-    except (_Failure, OSError) as error:
+    except (_Failure, LLMError) as error:
         _complain(error)
+        return FAILED
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        _complain(f"{what}{error.strerror or error}")
         return FAILED
     return code
 
@@ -156,6 +161,8 @@ def _command_hint(typed: str) -> str:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        parser.error(f"{argv[0]} goes after the command, as in `{parser.prog} ask {argv[0]} …`")
     args, rest = parser.parse_known_args(argv, argparse.Namespace(verbose=False))
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
@@ -174,7 +181,9 @@ def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     word = words[0].partition("=")[0]
     if not word.startswith("-"):
         return f"{parser.prog} takes no {word!r}"
-    near = get_close_matches(word, re.findall(r"--[a-z-]+", parser.format_help()), n=1)
+    options = re.findall(r"--[a-z-]+", parser.format_help())
+    begun = [option for option in options if option.startswith(word)]
+    near = begun or get_close_matches(word, options, n=1)
     hint = f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists them"
     return f"there is no option {word}; {hint}"
 
@@ -354,7 +363,7 @@ def _explain(error: LLMError, config: Any) -> str:
         target = find_target(config)
         if target.key is not None:
             return text
-        if target.base_url == target.host.base_url and not config.is_set("base_url"):
+        if target.host.key_variables and not config.is_set("base_url"):
             return f"{text} (set {' or '.join(target.host.key_variables)})"
         return f"{text} (no key was sent; set LLM_BASE_URL and LLM_API_KEY together, or use --provider)"
     if isinstance(error, LLMNotFoundError):
@@ -364,12 +373,12 @@ def _explain(error: LLMError, config: Any) -> str:
 
 def _me() -> str:
     """How this program is called from here, also from a virtual environment that is not active."""
-    python = "python" if shutil.which("python") else "python3"
+    python = Path("python" if shutil.which("python") else "python3")
     if sys.prefix != sys.base_prefix and os.environ.get("VIRTUAL_ENV") != sys.prefix:
-        python = sys.executable
-        with suppress(ValueError):
-            python = str(Path(python).relative_to(Path.cwd()))
-    return f"{python} -m LLM"
+        python = Path(sys.executable)
+        with suppress(ValueError, OSError):
+            python = python.relative_to(Path.cwd())
+    return f"{shlex.quote(str(python))} -m LLM"
 
 
 # One answer.
@@ -551,7 +560,8 @@ class _Chat:
                 return None
         if self._interactive:  # the answers go to a file
             print(prompt, end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline() or None
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
 
     def _take(self, line: str) -> None:
         command = re.fullmatch(r"/([a-zA-Z]+)(?:\s+(.*))?", line, re.DOTALL)
@@ -562,10 +572,14 @@ class _Chat:
         elif line:
             self._turn(line)
 
-    def _turn(self, question: str) -> None:
-        """One question and its answer; if it fails, nothing was said."""
+    def _turn(self, question: str, before: Sequence[Said] | None = None) -> None:
+        """One question and its answer; if it fails, the conversation stays as it was.
+
+        Args:
+            before: what the question goes on from; left out: the whole conversation.
+        """
         self._last_question = question
-        asked = [*self._said, _user(question)]
+        asked = [*(self._said if before is None else before), _user(question)]
         messages = _with_system(self._system, asked)
         try:
             text = self._answer_text(messages)
@@ -620,9 +634,8 @@ class _Chat:
         if self._last_question is None:
             self._screen.note("(nothing was asked yet)")
             return
-        if self._said and self._said[-2] == _user(self._last_question):
-            self._said = self._said[:-2]
-        self._turn(self._last_question)
+        answered = self._said and self._said[-2] == _user(self._last_question)
+        self._turn(self._last_question, self._said[:-2] if answered else None)
 
     def _do_system(self, text: str) -> None:
         if text:
@@ -882,9 +895,10 @@ def _chosen_by(config: Any, args: argparse.Namespace, env: Mapping[str, str]) ->
 
 
 def _probing(config: Any, args: argparse.Namespace) -> Any:
+    from LLM.providers.targets import find_target
     from LLM.transport import is_loopback
 
-    near = is_loopback(urlsplit(config.base_url).hostname or "")
+    near = is_loopback(urlsplit(find_target(config).base_url).hostname or "")
     seconds = getattr(args, "timeout", None) or (_PROBE_SECONDS if near else _REMOTE_PROBE_SECONDS)
     return config.replace(max_retries=0, timeout=seconds)
 
@@ -1112,8 +1126,9 @@ class _RichScreen(_Screen):
         self._err.print(_clean(text), style="dim", markup=False, emoji=False)
 
     def problem(self, text: str) -> None:
-        self._err.print("[bold red]error:[/]", end=" ")
-        self._err.print(_one_line(text), markup=False, emoji=False)
+        from rich.text import Text
+
+        self._err.print(Text.assemble(("error:", "bold red"), " ", _one_line(text)))
 
     def table(self, title: str, rows: Sequence[tuple[bool | str, ...]]) -> None:
         from rich.table import Table
@@ -1179,7 +1194,7 @@ class _MarkdownView:
     def _redraw(self) -> None:
         while self._new:
             self._growing += self._new.popleft()
-        finished, self._growing = split_blocks(self._growing)
+        finished, self._growing = _split_blocks(self._growing)
         self._print(finished)
         started = self._printed or self._growing
         block = _Block(self._growing, spaced=self._printed, growing=True)
@@ -1230,7 +1245,7 @@ class _Block:
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
 
 
-def split_blocks(text: str) -> tuple[str, str]:
+def _split_blocks(text: str) -> tuple[str, str]:
     """Cut Markdown where a block surely ends: the finished blocks, and what may still go on.
 
     A block ends at an empty line that is followed by one without indentation, outside of code.
@@ -1276,7 +1291,13 @@ def _markdown(text: str) -> Any:
 def _screen(args: argparse.Namespace) -> _Screen:
     """With rich where it is installed and stdout is a terminal that can show it."""
     able = sys.stdout.isatty() and os.environ.get("TERM", "") != "dumb"
-    return _RichScreen() if able and not args.plain and find_spec("rich") else _Screen()
+    return _RichScreen() if able and not args.plain and _has_rich() else _Screen()
+
+
+def _has_rich() -> bool:
+    return all(
+        find_spec(name) for name in ("rich", "markdown_it")
+    )  # before 13 it had another parser
 
 
 # Control characters, by which a text could command the terminal, but for the line end and the tab.

@@ -77,6 +77,10 @@ def _nearest(deadline_at: float | None) -> float | None:
     return min(outer, deadline_at)
 
 
+def _unpickled(config: LLMConfig, retries: Any) -> LLM:
+    return LLM(config, retries=retries)
+
+
 def _is_lazy(messages: object) -> bool:
     """An iterator, which can be read only once."""
     return isinstance(messages, Iterator)
@@ -470,6 +474,20 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __copy__(self) -> LLM:
+        return self.with_options()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LLM:
+        return self.with_options()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copy opens a pool of its own, and takes its key from where it came, not from the pickle.
+        if self._transport.given is not None:
+            raise TypeError(
+                "a client with a session of its own cannot be pickled; make it anew there"
+            )
+        return _unpickled, (self.config, self._retries)
 
     def __repr__(self) -> str:
         target = find_target(self.config)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     BaseModel,
     ConfigDict,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
@@ -99,6 +100,10 @@ class LLMConfig(BaseModel):
     cert: str | tuple[str, str] | None = None
     proxies: Mapping[str, str] | None = None
 
+    # The variables that the key came from; a pickle carries their names and never a key.
+    _key_variables: tuple[str, ...] = PrivateAttr(default=())
+    _lost_keys: tuple[str, ...] = PrivateAttr(default=())
+
     def __init__(self, **settings: Any) -> None:
         problem = None
         try:
@@ -129,7 +134,23 @@ class LLMConfig(BaseModel):
         if "base_url" not in settings and "provider" not in settings:
             for name, value in env.host_settings(settings.get("model", "")).items():
                 settings.setdefault(name, value)
-        return cls(**settings)
+        config = cls(**settings)
+        if "api_key" in settings and "api_key" not in overrides:
+            config._key_variables = tuple(n for n in env if env[n] == settings["api_key"])
+        return config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        lost = [name for name in ("api_key", "api_keys") if given.pop(name, None)]
+        return _unpickled, (type(self), given, self._key_variables, tuple(lost))
+
+    def require_keys(self) -> None:
+        """Raises LLMConfigError if keys were lost on the way through a pickle."""
+        if self._lost_keys:
+            raise LLMConfigError(
+                f"{' and '.join(self._lost_keys)} did not come along: keys are never pickled; "
+                "give them again, or make the config with LLMConfig.from_env()"
+            )
 
     @field_validator("base_url")
     @classmethod
@@ -217,6 +238,21 @@ class LLMConfig(BaseModel):
         """A config with some settings changed, checked like any other."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**given, **changes})
+
+
+def _unpickled(
+    cls: type[LLMConfig],
+    given: dict[str, Any],
+    variables: tuple[str, ...],
+    lost: tuple[str, ...],
+) -> LLMConfig:
+    """A config out of a pickle: its key comes from where it came from before."""
+    key = Environment.read().first(*variables) if variables else None
+    if key is not None:
+        given, lost = {**given, "api_key": key}, tuple(n for n in lost if n != "api_key")
+    config = cls(**given)
+    config._key_variables, config._lost_keys = variables, lost
+    return config
 
 
 class Environment(Mapping[str, str]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import http.client
 import ipaddress
+import logging
 import queue
 import socket
 import ssl
@@ -46,6 +47,8 @@ from LLM.errors import (
 from LLM.forks import renew_after_fork
 from LLM.providers.base import MAX_ERROR_BODY, Call, WireRequest, WireResponse, clean, redact
 from LLM.version import __version__
+
+log = logging.getLogger("LLM")
 
 _READ_SIZE = 64 * 1024
 
@@ -591,6 +594,9 @@ class Adapter(HTTPAdapter):
         return cls(settings["_pool_connections"], settings["_pool_maxsize"], stock.max_retries)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        context = _system_trust()
+        if context is not None:
+            kwargs.setdefault("ssl_context", context)
         super().init_poolmanager(*args, **kwargs)
         self._pools: dict[Any, Any] = {}
         self.poolmanager.pool_classes_by_scheme = self._POOLS
@@ -629,6 +635,16 @@ class Adapter(HTTPAdapter):
         return manager
 
 
+def _system_trust() -> ssl.SSLContext | None:
+    """A context that trusts what the operating system does, if `truststore` is installed."""
+    try:
+        import truststore
+    except ImportError:
+        return None
+    context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return context
+
+
 class _NoCookies(RequestsCookieJar):
     """Cookies are neither kept nor sent back: an API has no use for them, a gateway may track with them."""
 
@@ -663,7 +679,7 @@ class Transport:
         self, config: LLMConfig, clock: Clock, session: requests.Session | None = None
     ) -> None:
         self._config = config
-        self._given = session
+        self.given = session
         self._calls_clock = (
             clock  # what a call's deadline is measured with; sockets know only the real one
         )
@@ -678,6 +694,7 @@ class Transport:
         self._session: requests.Session | None = None
         self._streams: set[Exchange] = set()
         self._networks: dict[str, dict[str, Any]] = {}
+        self._warned: set[str] = set()
 
     def send(self, request: WireRequest, call: Call) -> WireResponse:
         """The answer, read whole, within the call's clocks."""
@@ -745,7 +762,7 @@ class Transport:
         now = self._clock.now()
         left = max(exchange.due - now, 0.001)
         connect = min(call.connect_timeout, left)
-        network = self._network(request.url)
+        network = self._network(request)
         _current.exchange = exchange
         try:
             response = self._live_session().send(
@@ -775,7 +792,7 @@ class Transport:
         return session
 
     def _new_session(self) -> requests.Session:
-        session = self._given
+        session = self.given
         if session is None:
             session = requests.Session()
             session.trust_env = False  # proxies and CA bundle are looked up once, in _network
@@ -793,7 +810,7 @@ class Transport:
         """Forget the session; close what is pooled. A connection in use closes when it comes back."""
         with self._lock:
             session, self._session = self._session, None
-        if session is self._given and session is not None:
+        if session is self.given and session is not None:
             for adapter in session.adapters.values():
                 if isinstance(adapter, Adapter):
                     adapter.close()
@@ -816,34 +833,41 @@ class Transport:
         prepared.headers = headers  # type: ignore[assignment]  # as good as requests' own
         prepared.body = request.body
         prepared.hooks = {"response": [_no_redirect]}
-        if self._given is not None:
-            for name, value in self._given.headers.items():
+        if self.given is not None:
+            for name, value in self.given.headers.items():
                 headers.setdefault(name, str(value))
-            prepared.hooks["response"] += self._given.hooks.get("response", [])
+            prepared.hooks["response"] += self.given.hooks.get("response", [])
         return prepared
 
-    def _network(self, url: str) -> dict[str, Any]:
+    def _network(self, request: WireRequest) -> dict[str, Any]:
         """Proxies, trust and client certificate for a host; looked up once, for it is slow."""
-        parts = urlsplit(url)
-        found = self._networks.get(parts.netloc)
+        found = self._networks.get(request.url)
         if found is None:
-            found = self._networks[parts.netloc] = self._look_up_network(url, parts.hostname or "")
+            found = self._networks[request.url] = self._look_up_network(request)
         return found
 
-    def _look_up_network(self, url: str, host: str) -> dict[str, Any]:
-        config = self._config
-        proxies: dict[str, str] = dict(self._given.proxies) if self._given is not None else {}
+    def _look_up_network(self, request: WireRequest) -> dict[str, Any]:
+        config, url = self._config, request.url
+        host = urlsplit(url).hostname or ""
+        proxies: dict[str, str] = dict(self.given.proxies) if self.given is not None else {}
         if not is_loopback(host):
             proxies = {**get_environ_proxies(url, no_proxy=None), **proxies}
         if config.proxies is not None:
             proxies.update(config.proxies)
         verify: bool | str = config.verify
-        if verify is True and self._given is not None:
-            verify = self._given.verify if self._given.verify is not None else True
+        if verify is True and self.given is not None:
+            verify = self.given.verify if self.given.verify is not None else True
         if verify is True:
             verify = environment_ca_bundle() or True
-        cert = config.cert or (self._given.cert if self._given is not None else None)
+        self._warn_of_plain_http(request, host)
+        cert = config.cert or (self.given.cert if self.given is not None else None)
         return {"proxies": proxies, "verify": verify, "cert": cert}
+
+    def _warn_of_plain_http(self, request: WireRequest, host: str) -> None:
+        plain = request.url.startswith("http://") and request.key is not None
+        if plain and not is_loopback(host) and host not in self._warned:
+            self._warned.add(host)
+            log.warning("the key goes to %s unencrypted; use https", clean(host))
 
 
 class WireStream:
@@ -1107,8 +1131,8 @@ def translate(
         )
     elif _any(causes, ssl.SSLCertVerificationError):
         failure = LLMConnectionError(
-            f"{place}: its certificate is not trusted ({clean(str(root))[:200]}); "
-            "set verify= to your CA bundle, or REQUESTS_CA_BUNDLE",
+            f"{place}: its certificate{_issuer(request)} is not trusted ({_reason(root)}); set verify= "
+            "to the CA bundle that knows it, or the variable REQUESTS_CA_BUNDLE",
             retriable=False,
         )
     elif _any(causes, urllib3.exceptions.ProxyError):
@@ -1133,6 +1157,51 @@ def translate(
         told = redact(_says(root), request.key)
         failure.__cause__ = OSError(root.errno, told) if root.errno else OSError(told)
     return failure
+
+
+def _reason(error: BaseException) -> str:
+    return clean(str(getattr(error, "verify_message", "") or error))[:200]
+
+
+def _issuer(request: WireRequest) -> str:
+    """Who signed a certificate that is not trusted: it says whether a corporate proxy stands between.
+
+    The library does not tell, so the certificate is fetched once more, and nothing is sent.
+    """
+    parts = urlsplit(request.url)
+    address = (parts.hostname or "", parts.port or 443)
+    with suppress(OSError, ValueError, IndexError):
+        pem = ssl.get_server_certificate(address, timeout=2)
+        names = _der_names(ssl.PEM_cert_to_DER_cert(pem))
+        if names:
+            return f", issued by {clean(', '.join(names))[:200]!r},"
+    return ""
+
+
+def _der_names(certificate: bytes) -> list[str]:
+    """The texts of a certificate's issuer (RFC 5280, section 4.1): the standard library has no parser."""
+
+    def children(data: bytes) -> list[tuple[int, bytes]]:
+        found, at = [], 0
+        while at < len(data):
+            tag, length, at = data[at], data[at + 1], at + 2
+            if length >= 0x80:
+                size = length & 0x7F
+                length, at = int.from_bytes(data[at : at + size], "big"), at + size
+            found.append((tag, data[at : at + length]))
+            at += length
+        return found
+
+    fields = children(children(children(certificate)[0][1])[0][1])
+    if fields[0][0] == 0xA0:  # the version, which may be left out
+        fields = fields[1:]
+    names = children(fields[2][1])  # after the serial number and the algorithm
+    return [
+        text.decode("utf-8", "replace")
+        for _, entry in names
+        for _, pair in children(entry)
+        for _, text in children(pair)[1:2]
+    ]
 
 
 _TIMEOUTS = {

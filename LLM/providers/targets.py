@@ -37,6 +37,7 @@ def find_target(config: LLMConfig, model: str | None = None, provider: str | Non
     Raises:
         LLMConfigError: the provider is unknown, or it is not known which model to ask there.
     """
+    config.require_keys()
     wanted = config.model if model is None else model
     if not isinstance(wanted, str) or not wanted.strip():
         raise LLMConfigError(f"model must be a name like 'gpt-4', and is {wanted!r}")
