@@ -1131,16 +1131,18 @@ class _RichScreen(_Screen):
         self._err.print(Text.assemble(("error:", "bold red"), " ", _one_line(text)))
 
     def table(self, title: str, rows: Sequence[tuple[bool | str, ...]]) -> None:
+        from rich.padding import Padding
         from rich.table import Table
         from rich.text import Text
 
-        shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 0, 0, 2))
+        shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for mark, *cells in rows:
             texts = [Text(str(cell)) for cell in cells]
             texts[1].stylize("green" if mark else "dim")
             shown.add_row(*texts)
         self._out.print(f"\n{title}", style="bold", markup=False)
-        self._out.print(shown)
+        if rows:
+            self._out.print(Padding(shown, (0, 0, 0, 2), expand=False))
 
 
 class _MarkdownView:

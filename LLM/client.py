@@ -218,7 +218,8 @@ class LLM:
         """Ask for the next message of a conversation.
 
         Args:
-            messages: `Message`s or plain dicts in OpenAI's form, for every provider; never changed.
+            messages: each a `Message` or a plain dict in OpenAI's form, whatever the provider; they
+                are never changed.
             temperature: 0.0 to 2.0; left out: the config's; `None`: the model's own default.
             max_tokens: largest answer in tokens; left out: the config's; `None`: no limit is sent.
             model: another model for this call, perhaps on another host: `"anthropic/claude-…"`.
@@ -399,7 +400,7 @@ class LLM:
         )
 
     @contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
+    def deadline(self, seconds: float | None) -> Iterator[None]:
         """Bound everything inside the `with` block, of this and of any other client.
 
         Calls, streams, waits and retries inside end with `LLMTimeoutError` (`clock="deadline"`) when
@@ -407,10 +408,11 @@ class LLM:
         inside has to be given the context (`contextvars.copy_context`).
 
         Args:
-            seconds: wall-clock time for the whole block, above 0.
+            seconds: wall-clock time for the whole block, above 0; `None`: no limit of its own.
         """
         _check("deadline", checked_seconds, seconds)
-        token = _deadline.set(_nearest(self._clock.now() + seconds))
+        end = None if seconds is None else self._clock.now() + seconds
+        token = _deadline.set(_nearest(end))
         try:
             yield
         finally:
@@ -526,6 +528,9 @@ class LLM:
         _check("timeout", checked_seconds, timeout)
         _check("deadline", checked_seconds, deadline)
         headers = config.default_headers
+        for name, mapping in (("extra_headers", options.headers), ("extra_body", options.body)):
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise LLMConfigError(f"{name} is {type(mapping).__name__}; it must be a dict")
         if options.headers:
             _check("extra_headers", check_headers, options.headers)
             headers = {**headers, **options.headers}

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     PrivateAttr,
     SecretStr,
     ValidationError,
@@ -34,7 +35,9 @@ from LLM.providers.hosts import (
 MIB = 1024 * 1024
 
 # Names that would carry a credential past `api_key`, where nothing keeps it from being shown.
-CREDENTIAL_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
+CREDENTIAL_HEADERS = frozenset(
+    {"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie"}
+)
 # Names that frame the message: the transport owns them.
 _FRAMING_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection"})
 
@@ -44,8 +47,8 @@ class LLMConfig(BaseModel):
 
     Args:
         base_url: where the API is served. `/v1` is added only if the URL has no path of its own.
-        api_key: a secret. Left out: the host's own environment variable, for a known host at its own
-            address. `None`: no credential is sent at all.
+        api_key: a secret. Left out: for a host that `model` or `provider` names, its environment
+            variable; with a `base_url` of your own, none. `None`: no credential is sent at all.
         model: a model, or `provider/model` for a known provider. With an explicit `base_url` or
             `provider` it is passed on as it stands.
         temperature: 0.0 to 2.0; `None` leaves it out of the request.
@@ -98,13 +101,16 @@ class LLMConfig(BaseModel):
     max_response_bytes: int = 64 * MIB
     verify: bool | str = True
     cert: str | tuple[str, str] | None = None
-    proxies: Mapping[str, str] | None = None
+    proxies: Mapping[str, str] | None = Field(default=None, repr=False)  # may hold a password
 
     # The variables that the key came from; a pickle carries their names and never a key.
     _key_variables: tuple[str, ...] = PrivateAttr(default=())
     _lost_keys: tuple[str, ...] = PrivateAttr(default=())
+    _address_is_implied: bool = PrivateAttr(default=False)
+    _environment: Any = PrivateAttr(default=None)  # with the values of a .env file, if one was read
 
     def __init__(self, **settings: Any) -> None:
+        _veil(settings)
         problem = None
         try:
             super().__init__(**settings)
@@ -112,6 +118,7 @@ class LLMConfig(BaseModel):
             problem = _explain(error, type(self).model_fields)
         # Raised out here: pydantic's own error holds the input, and with it the key.
         if problem is not None:
+            settings.clear()  # a traceback may show them
             raise LLMConfigError(problem)
 
     @classmethod
@@ -127,6 +134,7 @@ class LLMConfig(BaseModel):
                 whose values the environment beats; needs the extra `dotenv`.
             overrides: settings by name.
         """
+        _veil(overrides)
         env = Environment.read(dotenv)
         settings = dict(overrides)
         if "model" not in settings and (model := env.first("LLM_MODEL", "MODEL_NAME")):
@@ -136,8 +144,26 @@ class LLMConfig(BaseModel):
                 settings.setdefault(name, value)
         config = cls(**settings)
         if "api_key" in settings and "api_key" not in overrides:
-            config._key_variables = tuple(n for n in env if env[n] == settings["api_key"])
+            config._key_variables = env.names_of(settings["api_key"])
+        # The address of a host that only its key named does not keep a prefix from choosing another.
+        chosen = env.first(
+            "LLM_BASE_URL", *(HOSTS[h].base_url_variable or "" for h in ENVIRONMENT_HOSTS)
+        )
+        config._environment = env if dotenv else None
+        config._address_is_implied = (
+            "base_url" in settings and not chosen and "base_url" not in overrides
+        )
         return config
+
+    @property
+    def environment(self) -> Environment:
+        """Where the keys and addresses of known hosts are looked up."""
+        return self._environment or Environment.read()
+
+    @property
+    def address_is_implied(self) -> bool:
+        """Whether nobody gave the `base_url`: it is that of the host whose key was found."""
+        return self._address_is_implied
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -156,6 +182,13 @@ class LLMConfig(BaseModel):
     @classmethod
     def _check_base_url(cls, url: str) -> str:
         return checked_base_url(url)
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _check_key_type(cls, key: Any) -> Any:
+        if not isinstance(key, (str, SecretStr, type(None))):
+            raise ValueError(f"is {type(key).__name__}; it must be a str")
+        return key
 
     @field_validator("api_key", mode="after")
     @classmethod
@@ -237,7 +270,16 @@ class LLMConfig(BaseModel):
     def replace(self, **changes: Any) -> LLMConfig:
         """A config with some settings changed, checked like any other."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return type(self)(**{**given, **changes})
+        if self._key_variables and changes.keys() & {"base_url", "provider"}:
+            given.pop("api_key", None)  # the environment's key belongs to the address it came with
+        kept = "api_key" in given and "api_key" not in changes
+        config = type(self)(**{**given, **changes})
+        if kept:
+            config._key_variables = self._key_variables
+        config._environment = self._environment
+        config._address_is_implied = self._address_is_implied and "base_url" not in changes
+        config._lost_keys = tuple(name for name in self._lost_keys if name not in changes)
+        return config
 
 
 def _unpickled(
@@ -283,15 +325,26 @@ class Environment(Mapping[str, str]):
 
     def address(self, host: Host) -> str:
         """Where a known host is: where its variable says, else its own address."""
-        value = self.get(host.base_url_variable or "")
-        return address_from_variable(host, value) if value else host.base_url
+        name = host.base_url_variable or ""
+        if name not in self:
+            return host.base_url
+        problem = ""
+        try:
+            return checked_base_url(address_from_variable(host, self[name]))
+        except ValueError as error:
+            problem = str(error)
+        raise LLMConfigError(f"{name} {problem}")
 
     def key(self, host: Host) -> SecretStr | None:
         """The key that belongs to a known host at that address."""
-        value = self.first(*host.key_variables)
-        return _checked_key(SecretStr(value), host.key_variables[0]) if value else None
+        name = next((name for name in host.key_variables if name in self), None)
+        return None if name is None else _checked_key(SecretStr(self[name]), name)
 
-    def host_settings(self, model: str) -> dict[str, str]:
+    def names_of(self, key: SecretStr) -> tuple[str, ...]:
+        """The variables that hold a key."""
+        return tuple(name for name in self if self[name] == key.get_secret_value())
+
+    def host_settings(self, model: str) -> dict[str, str | SecretStr]:
         """`base_url` and `api_key` of the host that the variables name; an address beats a mere key."""
         hosts = [HOSTS[name] for name in ENVIRONMENT_HOSTS]
         if url := self.get("LLM_BASE_URL"):
@@ -301,15 +354,30 @@ class Environment(Mapping[str, str]):
                 return {"base_url": self.address(host)} | self._key_setting(*host.key_variables)
         if "LLM_API_KEY" in self:
             return self._key_setting("LLM_API_KEY")
-        if host_of_model(model) is None:  # else the prefix chooses the host, and the host its key
-            for host in hosts:
-                if setting := self._key_setting(*host.key_variables):
-                    return {"base_url": host.base_url} | setting
+        # A known prefix chooses the host, and the host its key; but who has a key of a router only
+        # means the router by `provider/model`.
+        found = host_of_model(model)
+        theirs = found is not None and (self.key(found[0]) or not found[0].key_variables)
+        for host in hosts:
+            setting = self._key_setting(*host.key_variables)
+            if setting and (found is None or (host.routes and not theirs)):
+                return {"base_url": host.base_url} | setting
         return {}
 
-    def _key_setting(self, *names: str) -> dict[str, str]:
-        value = self.first(*names)
-        return {"api_key": value} if value else {}
+    def _key_setting(self, *names: str) -> dict[str, str | SecretStr]:
+        name = next((name for name in names if name in self), None)
+        return {} if name is None else {"api_key": SecretStr(self[name])}
+
+
+def _veil(settings: dict[str, Any]) -> None:
+    """Make a secret of a key before anything can fail with it in a variable."""
+    if isinstance(settings.get("api_key"), str):
+        settings["api_key"] = SecretStr(settings["api_key"])
+    if isinstance(settings.get("api_keys"), Mapping):
+        settings["api_keys"] = {
+            name: SecretStr(key) if isinstance(key, str) else key
+            for name, key in settings["api_keys"].items()
+        }
 
 
 def environment_ca_bundle() -> str | None:
@@ -325,19 +393,20 @@ def checked_base_url(url: str) -> str:
         ValueError: no scheme, no host, or something in it that does not belong there.
     """
     url = url.strip()
+    # What may hold a secret is looked for first, and then the URL is not shown.
+    if "@" in url:
+        raise ValueError("has credentials in it; give them as api_key, where they stay secret")
+    if "?" in url or "#" in url:
+        raise ValueError("has a query or fragment; give only scheme, host and path")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ValueError(f"is not a URL: {error}") from None
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("has credentials in it; give them as api_key, where they stay secret")
+        raise ValueError(f"{url!r} is not a URL: {error}") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"{url!r} has no scheme; write 'http://…' or 'https://…'")
     if not parts.hostname:
         raise ValueError(f"{url!r} names no host")
-    if parts.query or parts.fragment:
-        raise ValueError(f"{url!r} has a query or fragment; give only scheme, host and path")
     if any(ord(character) <= 32 or ord(character) == 127 for character in url) or port == 0:
         raise ValueError(f"{url!r} is not a URL")
     return url.rstrip("/")
@@ -393,16 +462,21 @@ def check_headers(headers: Mapping[str, str], *, credentials: bool = False) -> N
 
 
 def _checked_key(key: SecretStr, name: str) -> SecretStr:
-    text = key.get_secret_value()
-    if not text.strip():
+    # The key stands in no variable here: neither this message nor a traceback may show it, and
+    # http.client's own message would.
+    if not key.get_secret_value().strip():
         raise LLMConfigError(f"{name} is blank")
-    if not text.isascii() or not text.isprintable() or text != text.strip():
-        # Shown neither here nor by http.client, whose own message would show it.
+    if not _is_key_text(key):
         raise LLMConfigError(
             f"{name} has a line break, a blank at an end or a non-ASCII character in it; "
             "copy it again without"
         )
     return key
+
+
+def _is_key_text(key: SecretStr) -> bool:
+    text = key.get_secret_value()
+    return text.isascii() and text.isprintable() and text == text.strip()
 
 
 def _is_header_text(value: str) -> bool:
@@ -437,5 +511,7 @@ def _explain(error: ValidationError, fields: Iterable[str]) -> str:
             findings.append(f"LLMConfig has no setting {name!r}: {hint}")
         else:
             reason = found["msg"].removeprefix("Value error, ")
-            findings.append(f"{name} {reason[:1].lower()}{reason[1:]}".strip())
+            # A finding may begin with the name of what it is about.
+            subject = "" if reason.startswith(name) else f"{name} "
+            findings.append(f"{subject}{reason[:1].lower()}{reason[1:]}".strip())
     return "; ".join(findings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -101,10 +102,14 @@ class LLMError(Exception):
 
     def __str__(self) -> str:
         # OSError, a base of some subclasses, would show its errno instead.
-        return str(self.args[0]) if self.args else type(self).__name__
+        return (str(self.args[0]) if self.args else "") or type(self).__name__
 
     def __reduce__(self) -> tuple[Any, ...]:
         cause = self.__cause__
+        try:
+            pickle.dumps(cause)
+        except Exception:  # noqa: BLE001 - whatever it holds: what we say must get home
+            cause = RuntimeError(repr(cause))
         return _restore, (type(self), self.args, self.__dict__, cause)
 
 
@@ -336,6 +341,16 @@ def error_class(
     return None
 
 
+def is_retriable(cls: type[LLMAPIError], status: int | None, headers: Mapping[str, str]) -> bool:
+    """Whether the same request may succeed later: the server's own word first, then class and status."""
+    said = headers.get("x-should-retry")
+    if said in ("true", "false"):
+        return said == "true"
+    if status is None or status < 400:  # an error inside an answer that had begun well
+        return cls.retriable
+    return status in RETRIABLE_STATUSES and (cls.retriable or cls is LLMAPIError)
+
+
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a server asks to wait; `None` if it does not say or says nonsense. Never raises.
 
@@ -425,6 +440,7 @@ _BY_WORDING: tuple[tuple[str, ErrorType, bool], ...] = (
     ("context length", ErrorType.CONTEXT_TOO_LONG, False),
     ("context_length", ErrorType.CONTEXT_TOO_LONG, False),
     ("prompt is too long", ErrorType.CONTEXT_TOO_LONG, False),
+    ("context window", ErrorType.CONTEXT_TOO_LONG, False),
     ("api key", ErrorType.AUTH_ERROR, False),
     ("unauthorized", ErrorType.AUTH_ERROR, False),
     ("timed out", ErrorType.TIMEOUT, True),
@@ -445,21 +461,26 @@ def classify_error(exc: BaseException) -> ErrorInfo:
     Returns:
         `ErrorInfo(error_type, message, retriable, suggested_wait)`; never raises.
     """
-    message = _one_line(str(exc)) or type(exc).__name__
+    try:
+        return _classify(exc, _one_line(str(exc)) or type(exc).__name__)
+    except Exception:  # noqa: BLE001 - an exception whose own attributes raise
+        return ErrorInfo(ErrorType.UNKNOWN, type(exc).__name__, False, None)
+
+
+def _classify(exc: BaseException, message: str) -> ErrorInfo:
     if isinstance(exc, LLMError):
         return ErrorInfo(exc.error_type, message, exc.retriable, exc.suggested_wait)
     response = getattr(exc, "response", None)
     headers = _lower_case(getattr(response, "headers", None) or getattr(exc, "headers", None))
     wait = parse_retry_after(headers)
     status = _status(exc, response)
-    code, type_ = _structured(exc)
-    cls = error_class(status, code, type_)
+    cls = error_class(status, *_structured(exc))
+    if cls is LLMInvalidRequestError and _is_about_length(exc, message):
+        cls = LLMContextLengthError
     if cls is not None:
-        retriable = cls.retriable or (status in RETRIABLE_STATUSES and cls is not LLMQuotaError)
-        should_retry = headers.get("x-should-retry")
-        if should_retry in ("true", "false"):
-            retriable = should_retry == "true"
-        return ErrorInfo(cls.error_type, message, retriable, wait)
+        return ErrorInfo(cls.error_type, message, is_retriable(cls, status, headers), wait)
+    if headers.get("x-should-retry") in ("true", "false"):
+        return ErrorInfo(ErrorType.UNKNOWN, message, headers["x-should-retry"] == "true", wait)
     if isinstance(exc, TimeoutError):
         return ErrorInfo(ErrorType.TIMEOUT, message, True, wait)
     if isinstance(exc, ConnectionError):
@@ -473,6 +494,17 @@ def classify_error(exc: BaseException) -> ErrorInfo:
         if part in wording:
             return ErrorInfo(error_type, message, retriable, wait)
     return ErrorInfo(ErrorType.UNKNOWN, message, False, wait)
+
+
+def _is_about_length(exc: BaseException, message: str) -> bool:
+    """A 400 that means the context: some say it by their class, some in words only."""
+    names = {name for base in type(exc).__mro__ for name in (base.__name__,)}
+    named = any("ContextWindow" in name or "ContextLength" in name for name in names)
+    said = message.lower()
+    worded = any(
+        part in said for part, kind, _ in _BY_WORDING if kind is ErrorType.CONTEXT_TOO_LONG
+    )
+    return named or worded
 
 
 def _status(exc: BaseException, response: object) -> int | None:
@@ -494,9 +526,8 @@ def _structured(exc: BaseException) -> tuple[object, object]:
 
 
 def _lower_case(headers: object) -> dict[str, str]:
-    if not isinstance(headers, Mapping):
-        return {}
-    return {str(name).lower(): str(value) for name, value in headers.items()}
+    items = getattr(headers, "items", None)  # also of an e-mail message, which urllib hands over
+    return {str(name).lower(): str(value) for name, value in items()} if callable(items) else {}
 
 
 def _one_line(text: str) -> str:

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple, Protocol
 from LLM.clock import Clock
 from LLM.errors import Attempt, LLMError, LLMTimeoutError
 from LLM.policies.retry import RetryPolicy, RetryQuota
-from LLM.providers.base import Call, Provider, WireRequest, WireResponse, request_id
+from LLM.providers.base import (
+    MALFORMED,
+    Call,
+    Provider,
+    WireRequest,
+    WireResponse,
+    request_id,
+    unexpected,
+)
 from LLM.stream import Stream
 from LLM.transport import Transport
 from LLM.types import Answer, TokenUsage
@@ -81,7 +89,7 @@ def observe(clock: Clock, note: Callable[[Any], None]) -> Layer:
             try:
                 outcome = handler(job)
             except LLMError as error:
-                log.error("call failed after %d attempts: %s", error.attempts, error)  # noqa: TRY400 - the caller gets the traceback
+                log.error("call failed after %s: %s", _counted(error.attempts), error)  # noqa: TRY400 - the caller gets the traceback
                 raise
             if isinstance(outcome, Done):
                 outcome.answer.note(latency_ms=(clock.now() - job.started) * 1000)
@@ -168,7 +176,7 @@ def exchange(transport: Transport, clock: Clock) -> Handler:
                 )
             if not call.stream:
                 response = transport.send(job.request, call)
-                return _parsed(job, response)
+                return parse_answer(job, response)
             wire = transport.open(job.request, call)
             if isinstance(wire, WireResponse):
                 raise provider.error(call, wire)
@@ -181,13 +189,28 @@ def exchange(transport: Transport, clock: Clock) -> Handler:
     return exchanged
 
 
-def _parsed(job: Job, response: WireResponse) -> Done:
+def parse_answer(job: Job, response: WireResponse) -> Done:
+    """The value of a response.
+
+    Raises:
+        LLMAPIError: it is an error, or not what was agreed.
+    """
     if not 200 <= response.status < 300:
         raise job.provider.error(job.call, response)
-    answer = job.provider.parse(job.call, response)
+    try:
+        answer = job.provider.parse(job.call, response)
+    except LLMError:
+        raise
+    except MALFORMED as error:
+        problem = f"in a form that is not understood ({type(error).__name__})"
+        raise unexpected(job.call, response, problem) from None
     identity = request_id(response.headers)
     answer.note(provider=job.call.target.host.name, request_id=identity)
     return Done(answer, identity)
+
+
+def _counted(attempts: int) -> str:
+    return "1 attempt" if attempts == 1 else f"{attempts} attempts"
 
 
 class _Summary:

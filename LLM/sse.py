@@ -10,6 +10,8 @@ from __future__ import annotations
 # (name of the event, b"" if it has none; its data, lines joined by LF)
 Event = tuple[bytes, bytes]
 
+_TOO_LARGE = "an event of the stream is larger than {} bytes"
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -24,7 +26,7 @@ class SSEDecoder:
         max_event_bytes: size at which an unfinished event is refused with `EventTooLargeError`.
     """
 
-    __slots__ = ("_after_cr", "_data", "_limit", "_line", "_name", "_size", "_started")
+    __slots__ = ("_after_cr", "_data", "_limit", "_line", "_name", "_refused", "_size", "_started")
 
     def __init__(self, max_event_bytes: int = 64 * 1024 * 1024) -> None:
         self._limit = max_event_bytes
@@ -33,6 +35,7 @@ class SSEDecoder:
         self._name = b""
         self._size = 0  # bytes held in _line and _data
         self._after_cr = False  # the last byte was CR: an LF that follows belongs to it
+        self._refused = False
         self._started = False  # past the place where a byte order mark may stand
 
     def feed(self, chunk: bytes) -> list[Event]:
@@ -47,8 +50,11 @@ class SSEDecoder:
             and chunk.count(b"\n") == 2
             and b"\r" not in chunk
             and not self._name
+            and len(chunk) <= self._limit
         ):
             return [(b"", chunk[6:-2])]
+        if self._refused:
+            raise EventTooLargeError(_TOO_LARGE.format(self._limit))
         if not self._started:
             chunk = self._skip_bom(chunk)
         if self._after_cr and chunk[:1] == b"\n":
@@ -62,6 +68,15 @@ class SSEDecoder:
         lines = chunk.split(b"\n")
         rest = lines.pop()
         events: list[Event] = []
+        try:
+            self._take_lines(lines, rest, events)
+        except EventTooLargeError:
+            if not events:
+                raise
+            self._refused = True  # those that came before it are good
+        return events
+
+    def _take_lines(self, lines: list[bytes], rest: bytes, events: list[Event]) -> None:
         if lines:
             if self._line:
                 self._size -= sum(map(len, self._line))
@@ -72,18 +87,19 @@ class SSEDecoder:
         if rest:
             self._line.append(rest)
             self._grow(len(rest))
-        return events
 
     def finish(self) -> list[Event]:
         """The event that the end of the stream cut off before its blank line, if it has data.
 
         The specification drops it; real servers end with a `data: [DONE]` and no blank line.
         """
+        if self._refused:
+            raise EventTooLargeError(_TOO_LARGE.format(self._limit))
         events: list[Event] = []
-        if not self._started and self._line:
-            self._started = True
+        self._started = True
         if self._line:
             line, self._line = b"".join(self._line), []
+            self._size -= len(line)
             self._take(line, events)
         self._take(b"", events)
         return events
@@ -119,4 +135,4 @@ class SSEDecoder:
     def _grow(self, size: int) -> None:
         self._size += size
         if self._size > self._limit:
-            raise EventTooLargeError(f"an event of the stream is larger than {self._limit} bytes")
+            raise EventTooLargeError(_TOO_LARGE.format(self._limit))

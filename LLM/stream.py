@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -60,8 +61,11 @@ class _Source:
         self.over = True
         self.wire.close()
         callbacks, self.callbacks = self.callbacks, []
+        usage = None
+        with suppress(*base.MALFORMED):
+            usage = self.decoder.usage
         for callback in callbacks:
-            callback(self.decoder.usage)
+            callback(usage)
 
 
 class Stream:
@@ -166,7 +170,9 @@ class Stream:
     @property
     def usage(self) -> TokenUsage | None:
         """Tokens as far as the server has said; most say it at the end."""
-        return None if self._source is None else self._decoder.usage
+        with suppress(*base.MALFORMED):
+            return None if self._source is None else self._decoder.usage
+        return None
 
     @property
     def provider(self) -> str | None:
@@ -252,6 +258,9 @@ class Stream:
         except LLMError as error:
             self._fail(error)
             return
+        except base.MALFORMED as error:
+            self._fail(self._not_understood(error))
+            return
         if self._decoder.ended:
             self._complete()
         elif not data:
@@ -284,6 +293,10 @@ class Stream:
             raise self._provider.error(self._call, response)
         raise base.unexpected(self._call, response, "not a stream of events")
 
+    def _not_understood(self, error: Exception) -> LLMError:
+        what = f"an event is in a form that is not understood ({type(error).__name__})"
+        return LLMResponseError(what, **self._origin())
+
     def _cut_short(self) -> LLMError:
         what = "was cut before its end" if self._decoder.progress else "ended without a word"
         place = self._call.target.base_url
@@ -305,7 +318,11 @@ class Stream:
 
     def _complete(self) -> None:
         assert self._source is not None  # noqa: S101 - for the type checker
-        self._ready.extend(self._decoder.finish())
+        try:
+            self._ready.extend(self._decoder.finish())
+        except base.MALFORMED as error:
+            self._fail(self._not_understood(error))
+            return
         self._wire.finish()
         self._source.end()
 
@@ -327,7 +344,8 @@ class Stream:
         if self._source is None:
             return None
         if self._answer is None or not self._source.over:
-            self._answer = self._decoder.response()
+            with suppress(*base.MALFORMED):
+                self._answer = self._decoder.response()
             if self._answer is not None:
                 self._info.latency_ms = (self._clock.now() - self._started) * 1000
                 self._answer.note(

@@ -554,7 +554,10 @@ def _resolve(host: str, port: int, seconds: float) -> list[Any]:
 
 
 class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Wire
+    @property
+    def ConnectionCls(self) -> Any:  # type: ignore[override]  # noqa: N802 - urllib3's name for it
+        """Ours, unless a recorder (vcrpy) has put one of its own in the place of urllib3's."""
+        return _of_urllib3_or(HTTPConnectionPool.ConnectionCls, HTTPConnection, _Wire)
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         if self.pool is None:  # the client was closed or reset just now: one of its own, not pooled
@@ -576,7 +579,14 @@ class _Pool(HTTPConnectionPool):
 
 
 class _SecurePool(_Pool, HTTPSConnectionPool):
-    ConnectionCls = _SecureWire
+    @property
+    def ConnectionCls(self) -> Any:  # type: ignore[override]  # noqa: N802 - urllib3's name for it
+        """The same over TLS."""
+        return _of_urllib3_or(HTTPSConnectionPool.ConnectionCls, HTTPSConnection, _SecureWire)
+
+
+def _of_urllib3_or(current: Any, stock: Any, ours: Any) -> Any:
+    return ours if current is stock else current
 
 
 class Adapter(HTTPAdapter):
@@ -985,7 +995,13 @@ class _Body:
         """What has come, b"" at the end."""
         if self._ours is not None:
             return self._ours.read1()
-        data: bytes = self._raw.read1(_READ_SIZE, decode_content=False)
+        # Not urllib3's own: a recorder's. What it plays has come already.
+        foreign = not isinstance(self._raw, HTTPResponse)
+        data: bytes = (
+            self._raw.read(_READ_SIZE)
+            if foreign
+            else self._raw.read1(_READ_SIZE, decode_content=False)
+        )
         return data
 
     def read_whole(self) -> bytes:

@@ -59,7 +59,7 @@ class ToolCall(Value):
 
     id: str | None = None
     type: str | None = "function"
-    function: FunctionCall
+    function: FunctionCall = FunctionCall()  # a custom tool's call has none
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from urllib3.util import Retry
+from urllib3.util.retry import RequestHistory
 
 from LLM.clock import Chance, Clock
 from LLM.errors import LLMError, LLMRateLimitError, LLMTimeoutError, classify_error
@@ -151,16 +152,18 @@ class _BorrowedPolicy(RetryPolicy):
         return policy
 
     def get_backoff_time(self) -> float:
-        return self.lender.new(history=self.history).get_backoff_time()
+        failures = (RequestHistory(None, None, None, None, None),) * len(self.history)
+        return self.lender.new(history=failures).get_backoff_time()
 
 
 def as_policy(retries: Retry) -> RetryPolicy:
     """A policy from any `Retry`: ours as it is, another's borrowed."""
     if isinstance(retries, RetryPolicy):
         return retries
-    counts = [
-        c for c in (retries.total, retries.status, retries.other) if c is not None and c is not True
-    ]
+    if not isinstance(retries, Retry):
+        raise TypeError(f"retries must be a urllib3 Retry, not {type(retries).__name__}")
+    kinds = (retries.total, retries.connect, retries.read, retries.status, retries.other)
+    counts = [count for count in kinds if count is not None and count is not True]
     return _BorrowedPolicy(
         min((int(c) for c in counts), default=10),
         max_delay=getattr(retries, "backoff_max", 120.0),

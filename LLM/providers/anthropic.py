@@ -62,22 +62,26 @@ _WORDING: tuple[tuple[str, type[LLMAPIError]], ...] = (
 def build(call: Call) -> WireRequest:
     """The request for a call."""
     target = call.target
-    headers = {"Accept": "application/json", "Anthropic-Version": VERSION, **call.headers}
+    version = {"Anthropic-Version": VERSION}
     credential = ("X-Api-Key", "")
     if call.endpoint == "models":
         url = f"{target.base_url}/models?limit=1000"
+        headers = base.request_headers(call, {"Accept": "application/json", **version})
         return WireRequest("GET", url, headers, None, credential, target.key)
-    headers["Content-Type"] = "application/json"
-    headers["Idempotency-Key"] = call.idempotency_key
-    if call.stream:
-        headers["Accept"] = "text/event-stream"
+    headers = base.request_headers(call, {**base.post_headers(call), **version})
     url = f"{target.base_url}/messages"
     return WireRequest("POST", url, headers, base.encode(_body(call)), credential, target.key)
 
 
 def _body(call: Call) -> dict[str, Any]:
     messages = call.subject if call.endpoint == "chat" else _prompt_messages(call.subject)
-    system, turns = _turns(base.plain_messages(messages))
+    plain = base.plain_messages(messages)
+    try:
+        system, turns = _turns(plain)
+    except base.MALFORMED:
+        raise LLMConfigError(
+            "the messages are not in OpenAI's form: look at their content parts and tool_calls"
+        ) from None
     params = {name: value for name, value in call.params.items() if value is not None}
     body: dict[str, Any] = {
         "model": call.target.model,
@@ -86,6 +90,8 @@ def _body(call: Call) -> dict[str, Any]:
     if system:
         body["system"] = system
     body["messages"] = turns
+    if "thinking" in params and call.sampled_by_default:
+        params.pop("temperature", None)  # the two exclude each other; nobody asked for ours
     temperature = params.get("temperature")
     if temperature is not None and temperature > MAX_TEMPERATURE:
         raise LLMConfigError(
@@ -130,7 +136,7 @@ def _turns(messages: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
     for message in messages:
         role, content = message["role"], message.get("content")
         if role in ("system", "developer"):
-            system.extend([_text_block(content)] if isinstance(content, str) else content or [])
+            system.extend([_text_block(content)] if isinstance(content, str) else _blocks(content))
         elif role == "tool":
             result = {"type": "tool_result", "tool_use_id": message.get("tool_call_id")}
             if content:
@@ -155,7 +161,11 @@ def _append(turns: list[dict[str, Any]], role: str, content: Any) -> None:
 
 
 def _has_results(content: Any) -> bool:
-    return isinstance(content, list) and content[-1].get("type") == "tool_result"
+    return bool(content) and isinstance(content, list) and _kind(content[-1]) == "tool_result"
+
+
+def _kind(block: Any) -> Any:
+    return block.get("type") if isinstance(block, dict) else None
 
 
 def _text_block(text: str) -> dict[str, Any]:
@@ -491,7 +501,7 @@ class MessagesDecoder:
         return events
 
     def response(self) -> Answer | None:
-        if not self._head and not self._blocks:
+        if not (self._head or self._blocks or self._stop_reason or self._usage):
             return None
         native = _Native.model_validate(
             {

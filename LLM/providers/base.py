@@ -11,7 +11,6 @@ import pydantic_core
 from pydantic import SecretStr, ValidationError
 
 from LLM.errors import (
-    RETRIABLE_STATUSES,
     LLMAPIError,
     LLMConfigError,
     LLMContextLengthError,
@@ -19,6 +18,7 @@ from LLM.errors import (
     LLMRateLimitError,
     LLMResponseError,
     error_class,
+    is_retriable,
     parse_retry_after,
 )
 from LLM.providers.hosts import Host
@@ -31,6 +31,9 @@ from LLM.types import (
     TokenUsage,
     ToolCall,
 )
+
+# What comes of looking into a value that has not the promised shape.
+MALFORMED = (AttributeError, TypeError, ValueError, KeyError, IndexError)
 
 # How much of an error's body is kept; enough for any message, little enough for any log.
 MAX_ERROR_BODY = 64 * 1024
@@ -162,6 +165,23 @@ class Provider(Protocol):
         ...
 
 
+def request_headers(call: Call, ours: Mapping[str, str]) -> dict[str, str]:
+    """Our headers under the user's own, under whatever spelling."""
+    theirs = {name.lower() for name in call.headers}
+    headers = {name: value for name, value in ours.items() if name.lower() not in theirs}
+    headers.update(call.headers)
+    return headers
+
+
+def post_headers(call: Call) -> dict[str, str]:
+    """What every request with a body says of itself."""
+    return {
+        "Accept": "text/event-stream" if call.stream else "application/json",
+        "Content-Type": "application/json",
+        "Idempotency-Key": call.idempotency_key,
+    }
+
+
 def encode(body: Mapping[str, Any]) -> bytes:
     """`body` as JSON.
 
@@ -251,10 +271,16 @@ def plain_message(message: Any, index: int) -> dict[str, Any]:
         raise LLMConfigError(
             f"messages[{index}] is a {type(message).__name__}, not a Message or a dict"
         )
+    content = given.get("content")
+    if not isinstance(content, (str, list, tuple, type(None))):
+        what = "a number that is not finite" if content != content else type(content).__name__  # noqa: PLR0124 - NaN
+        raise LLMConfigError(
+            f"messages[{index}].content ({what}) is neither text nor a list of parts"
+        )
     role = given.get("role")
     if not isinstance(role, str) or not role:
         raise LLMConfigError(f"messages[{index}] has no role; give 'user', 'assistant' or 'system'")
-    if "content" not in given and not given.get("tool_calls"):
+    if content is None and not given.get("tool_calls"):
         if role != "assistant":
             raise LLMConfigError(f"messages[{index}] (role {role!r}) has no content")
         given["content"] = None
@@ -326,8 +352,10 @@ def validate(model: type[Any], response: WireResponse, call: Call) -> Any:
 def unexpected(call: Call, response: WireResponse, problem: str) -> LLMResponseError:
     """The error for a 2xx answer that is not what was agreed."""
     found = read_error(response.body)
-    kind = response.headers.get("content-type", "no content type")
-    shown = clean(found.message)[:200]
+    kind = redact(response.headers.get("content-type", "no content type"), call.target.key)
+    # Never a part of an answer: it may be logged. `.body` holds it.
+    is_text = found.found or response.body.lstrip()[:1] not in (b"{", b"[", b'"', b"d", b"e", b":")
+    shown = clean(redact(found.message, call.target.key))[:200] if is_text else "see .body"
     message = f"{call.target.base_url} answered {response.status} ({clean(kind)[:60]}), {problem}"
     return LLMResponseError(
         redact(f"{message}: {shown}" if shown else f"{message} (empty body)", call.target.key),
@@ -349,9 +377,9 @@ class ErrorBody(NamedTuple):
 
 def read_error(body: bytes) -> ErrorBody:
     """An error answer in any of the shapes that real servers send. Never raises."""
-    text = body[:MAX_ERROR_BODY].decode("utf-8", "replace").strip()
+    text = body[: 2 * MAX_ERROR_BODY].decode("utf-8", "replace").strip()
     try:
-        value = parse_json(body[:MAX_ERROR_BODY])
+        value = parse_json(body[: 2 * MAX_ERROR_BODY])
     except ValueError:
         return ErrorBody(_html_title(text) or text)
     return read_error_value(value) or ErrorBody(text)
@@ -408,7 +436,7 @@ def api_error(
     Args:
         wording: what a dialect's servers say where they give no code, and what it means.
     """
-    status, headers = response.status, response.headers
+    status, headers, key = response.status, response.headers, call.target.key
     in_stream = status < 400
     cls = error_class(None if in_stream else status, found.code, found.type) or LLMAPIError
     if not issubclass(cls, (LLMContextLengthError, LLMQuotaError)):
@@ -417,17 +445,11 @@ def api_error(
     details: dict[str, Any] = {}
     if issubclass(cls, LLMRateLimitError):
         details["limit"] = _which_limit(found, headers)
-    retriable = cls.retriable if in_stream else status in RETRIABLE_STATUSES
-    if cls is LLMQuotaError or (not cls.retriable and status not in (408, 409)):
-        retriable = False
-    should_retry = headers.get("x-should-retry")
-    if should_retry in ("true", "false"):
-        retriable = should_retry == "true"
     if 300 <= status < 400:
-        place = headers.get("location", "nowhere")
+        place = redact(headers.get("location", "nowhere"), call.target.key)
         text = f"redirected to {clean(place)[:200]}, which is not followed; set base_url to it if it is right"
     else:
-        text = clean(found.message)[:_MAX_MESSAGE] or "no message"
+        text = clean(redact(found.message, call.target.key))[:_MAX_MESSAGE] or "no message"
     prefix = (
         f"{call.target.host.name}"
         if in_stream and status < 300
@@ -436,11 +458,11 @@ def api_error(
     return cls(
         redact(f"{prefix}: {text}", call.target.key),
         status_code=None if in_stream and status < 300 else status,
-        code=found.code,
-        type=found.type,
-        param=found.param,
+        code=redact(found.code, key) if isinstance(found.code, str) else found.code,
+        type=redact(found.type, key) if found.type else found.type,
+        param=redact(found.param, key) if found.param else found.param,
         body=error_text(response.body, call.target.key),
-        retriable=retriable,
+        retriable=is_retriable(cls, status, headers),
         suggested_wait=parse_retry_after(headers),
         **origin(call, headers),
         **details,
@@ -492,7 +514,8 @@ def redact(text: str, key: SecretStr | None) -> str:
 
 def error_text(body: bytes, key: SecretStr | None) -> str:
     """What is kept of an error's body."""
-    return redact(body[:MAX_ERROR_BODY].decode("utf-8", "replace"), key)
+    # Cut a little later than asked, then redacted, then cut: a key at the edge would be half a key.
+    return redact(body[: 2 * MAX_ERROR_BODY].decode("utf-8", "replace"), key)[:MAX_ERROR_BODY]
 
 
 class PartialToolCall:

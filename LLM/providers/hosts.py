@@ -47,6 +47,7 @@ class Host(NamedTuple):
         base_url_variable: environment variable that moves it.
         base_url_suffix: what that variable's value leaves out of the path, by the vendor's convention.
         stream_usage: whether it must be asked for the usage of a stream, and understands the question.
+        routes: serves other providers' models, under names like `provider/model`.
         quirks: models that differ; the first that matches counts.
     """
 
@@ -57,6 +58,7 @@ class Host(NamedTuple):
     base_url_variable: str | None = None
     base_url_suffix: str = ""
     stream_usage: bool = True
+    routes: bool = False
     quirks: tuple[Quirk, ...] = ()
 
     def quirk(self, model: str) -> Quirk:
@@ -96,6 +98,7 @@ _ROWS = (
         "https://openrouter.ai/api/v1",
         key_variables=("OPENROUTER_API_KEY",),
         base_url_variable="OPENROUTER_BASE_URL",
+        routes=True,
     ),
     Host("groq", "https://api.groq.com/openai/v1", key_variables=("GROQ_API_KEY",)),
     # Mistral refuses `stream_options` and sends the usage unasked.
@@ -140,7 +143,7 @@ def known_host(name: str) -> Host:
         return HOSTS[name]
     if name == COMPATIBLE.name:
         return COMPATIBLE
-    near = get_close_matches(name, HOSTS, n=1)
+    near = get_close_matches(name.lower(), HOSTS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(HOSTS)}"
     raise LLMConfigError(f"unknown provider {name!r}: {hint}")
 
@@ -156,22 +159,22 @@ def host_of_model(model: str) -> tuple[Host, str] | None:
 def host_of_url(base_url: str) -> Host:
     """The known host that an address belongs to, `COMPATIBLE` for any other."""
     address = urlsplit(base_url).netloc.lower()
-    # Local servers are known by their port only, which says little: what they speak must be asked.
+    # Local servers are known by their port only, which says little of what listens there.
     return next(
-        (row for row in _ROWS if row.key_variables and urlsplit(row.base_url).netloc == address),
+        (row for row in _ROWS if row.base_url == f"https://{address}{urlsplit(row.base_url).path}"),
         COMPATIBLE,
     )
 
 
 def address_from_variable(host: Host, value: str) -> str:
     """The base URL that a host's own variable means, in its vendor's convention."""
-    if "://" not in value:  # OLLAMA_HOST is often `host:port`, or just a host
-        value = f"http://{value}"
-        parts = urlsplit(value)
-        if parts.hostname == "0.0.0.0":  # noqa: S104 - where the server listens; a client asks loopback
-            value = value.replace("0.0.0.0", "127.0.0.1", 1)  # noqa: S104
-        if parts.port is None:
-            value = f"{value.rstrip('/')}:{urlsplit(host.base_url).port}"
+    if "://" not in value and not host.base_url.startswith("https:"):
+        # A local server's variable (OLLAMA_HOST) is often `host:port`, or just a host.
+        name, slash, path = value.partition("/")
+        name = name.replace("0.0.0.0", "127.0.0.1", 1)  # noqa: S104 - listens on all, asked on one
+        has_port = name.rpartition(":")[2].isdecimal() and not name.endswith("]")
+        port = "" if has_port else f":{urlsplit(host.base_url).port}"
+        value = f"http://{name}{port}{slash}{path}"
     value = value.rstrip("/")
     suffix = host.base_url_suffix
     return value if value.endswith(suffix) else value + suffix

@@ -56,15 +56,12 @@ def build(call: Call) -> WireRequest:
     """The request for a call."""
     target = call.target
     url = target.base_url + _PATHS[call.endpoint]
-    headers = {"Accept": "application/json", **call.headers}
+    credential = ("Authorization", "Bearer ")
     if call.endpoint == "models":
-        return WireRequest("GET", url, headers, None, ("Authorization", "Bearer "), target.key)
-    headers["Content-Type"] = "application/json"
-    headers["Idempotency-Key"] = call.idempotency_key
-    if call.stream:
-        headers["Accept"] = "text/event-stream"
-    body = base.encode(_body(call))
-    return WireRequest("POST", url, headers, body, ("Authorization", "Bearer "), target.key)
+        headers = base.request_headers(call, {"Accept": "application/json"})
+        return WireRequest("GET", url, headers, None, credential, target.key)
+    headers = base.request_headers(call, base.post_headers(call))
+    return WireRequest("POST", url, headers, base.encode(_body(call)), credential, target.key)
 
 
 def _body(call: Call) -> dict[str, Any]:
@@ -239,15 +236,17 @@ class ChatDecoder:
                 continue
             if name == "content":
                 self._take_text(content_text(value), fold, heard)
+            elif name == "reasoning" and delta.get("reasoning_content") == value:
+                continue  # the same under two names (vLLM)
             elif name in ("reasoning_content", "reasoning") and isinstance(value, str):
                 self._take_reasoning(value, fold, heard)
             elif name == "tool_calls" and isinstance(value, list):
-                self._take_tools(value, fold, heard)
+                self._take_tools(value, fold)
             else:
                 _merge(fold.extra, name, value)
         if choice.get("logprobs"):
             _merge(fold.extra, "logprobs", choice["logprobs"])
-        if choice.get("finish_reason") is not None:
+        if choice.get("finish_reason"):  # an empty one is none
             fold.finish_reason = str(choice["finish_reason"])
             self._hand_over_tools(fold, heard)
 
@@ -263,7 +262,7 @@ class ChatDecoder:
             self.progress += 1
             events.append(base.reasoning_event(text))
 
-    def _take_tools(self, calls: list[Any], fold: _ChoiceFold, events: list[StreamEvent]) -> None:
+    def _take_tools(self, calls: list[Any], fold: _ChoiceFold) -> None:
         for piece in calls:
             if not isinstance(piece, dict):
                 continue
@@ -276,7 +275,6 @@ class ChatDecoder:
                 index = (index, len(fold.tools))
                 call = None
             if call is None:
-                self._hand_over_tools(fold, events)
                 call = fold.tools[index] = base.PartialToolCall()
             call.id = piece.get("id") or call.id
             call.name += function.get("name") or ""

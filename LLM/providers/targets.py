@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from LLM.config import Environment, LLMConfig, versioned
+from LLM.config import LLMConfig, versioned
 from LLM.errors import LLMConfigError
 from LLM.providers import openai
 from LLM.providers.base import Provider, Target
@@ -50,7 +50,8 @@ def find_target(config: LLMConfig, model: str | None = None, provider: str | Non
         return _at_its_own_address(
             config, host, config.models[provider] if model is None else model
         )
-    if config.is_set("base_url"):
+    implied = config.address_is_implied and model is not None and host_of_model(wanted) is not None
+    if config.is_set("base_url") and not implied:
         host = known_host(config.provider) if config.provider else host_of_url(config.base_url)
         return Target(host, versioned(config.base_url), wanted, config.api_key)
     if config.provider is not None:
@@ -74,7 +75,7 @@ def _at_its_own_address(config: LLMConfig, host: Host, model: str, *, main: bool
     """
     if host is COMPATIBLE:
         raise LLMConfigError(f"{host.name!r} has no address of its own; give base_url=")
-    env = Environment.read()
+    env = config.environment
     key: SecretStr | None = config.api_keys.get(host.name)
     if main and config.is_set("api_key"):
         key = config.api_key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,12 @@ class LlamaServer:
         # is gone, however it ended, and the child takes that as its own end.
         with self._out.open("wb") as out, self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=out, stderr=log
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=log,
+                # Several servers' threads, each as many as there are cores, would fight over them.
+                env={**os.environ, "OMP_THREAD_LIMIT": "1"},
             )
         try:
             while not self._healthy():
