@@ -38,6 +38,7 @@ MALFORMED = (AttributeError, TypeError, ValueError, KeyError, IndexError)
 # How much of an error's body is kept; enough for any message, little enough for any log.
 MAX_ERROR_BODY = 64 * 1024
 _MAX_MESSAGE = 500
+_LARGE = 1024 * 1024
 
 
 class Target(NamedTuple):
@@ -332,10 +333,10 @@ def validate(model: type[Any], response: WireResponse, call: Call) -> Any:
     Raises:
         LLMResponseError: it is not one; says what came instead.
     """
-    try:
-        return model.model_validate_json(response.body)
-    except ValidationError:
-        pass
+    # Quickest for a small body; of a large one it would make a copy of its own.
+    if len(response.body) < _LARGE:
+        with suppress(ValidationError):
+            return model.model_validate_json(response.body)
     try:
         value = parse_json(response.body)
     except ValueError:

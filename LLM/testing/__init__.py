@@ -1,4 +1,4 @@
-"""For tests and offline work: a local server that plays a model's host.
+"""For tests and offline work: a local server that plays a model's host, and one that misbehaves.
 
 Names are imported when they are first used.
 """
@@ -6,9 +6,12 @@ Names are imported when they are first used.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["LocalServer", "Received", "serve"]
+__all__ = ["FAULTS", "FaultServer", "LocalServer", "Received", "serve"]
 
-_MODULES = dict.fromkeys(__all__, "LLM.testing.server")
+_MODULES = {
+    **dict.fromkeys(__all__, "LLM.testing.server"),
+    **dict.fromkeys(("FAULTS", "FaultServer"), "LLM.testing.faults"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 """Faults below the body: time, connections, TLS, heads, framing, encodings, redirects."""
+# ruff: noqa: E501 - a row of the table is a line, to be read as one
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from dataclasses import replace
 
 from LLM.testing.fault_wire import (
     ANSWER,
-    BOTH,
     BROKEN,
+    CHAT_ONLY,
     CLOSE,
     CONNECT,
     CUT,
@@ -29,11 +30,11 @@ from LLM.testing.fault_wire import (
     WRONG,
     Asked,
     Fault,
-    Outcome,
     Script,
     Step,
     answers,
     bomb,
+    both,
     chunk,
     dripped,
     fails,
@@ -55,6 +56,8 @@ __all__ = ["HTTP_FAULTS"]
 
 SHORT = {"timeout": 0.3}
 SMALL = {"max_response_bytes": 200_000}
+
+_BUSY = fails("LLMServerError", 503, retriable=True)
 
 
 def _chunked_head(asked: Asked) -> bytes:
@@ -100,7 +103,7 @@ _TIME = _named(
     "Time",
     Fault("silence", "accepts the request and says nothing", steps(HOLD), TIMEOUT, IDLE, settings=SHORT),
     Fault("silence-at-once", "accepts the connection and reads nothing", steps(HOLD), TIMEOUT, IDLE, stage="connection", requests=0, settings=SHORT),
-    Fault("request-unread", "never reads a request of 30 MB", steps(HOLD), TIMEOUT, IDLE, stage="connection", requests=0, question_bytes=30_000_000, settings=SHORT),
+    Fault("request-unread", "never reads a request of 16 MB", steps(HOLD), TIMEOUT, IDLE, stage="connection", requests=0, question_bytes=16_000_000, dialects=CHAT_ONLY, settings=SHORT),
     Fault("silence-in-status-line", "stops within the status line", steps(b"HTTP/1.1 20", HOLD), TIMEOUT, IDLE, settings=SHORT),
     Fault("silence-after-status-line", "stops after the status line", steps(b"HTTP/1.1 200 OK\r\n", HOLD), TIMEOUT, IDLE, settings=SHORT),
     Fault("silence-in-headers", "stops within a header", steps(b"HTTP/1.1 200 OK\r\nContent-Ty", HOLD), TIMEOUT, IDLE, settings=SHORT),
@@ -114,7 +117,7 @@ _TIME = _named(
     Fault("silence-before-last-chunk", "sends the whole body but not the end of it", steps(_chunked, HOLD), TIMEOUT, ANSWER, settings=SHORT),
     Fault("silence-in-trailer", "stops within the trailer", steps(_chunked, b"0\r\nX-Trailer: 1", HOLD), TIMEOUT, ANSWER, settings=SHORT),
     Fault("silence-without-length", "sends the whole body without a length, and does not close", steps(lambda a: right_head(a) + payload(a), HOLD), TIMEOUT, ANSWER, settings=SHORT),
-    Fault("silence-in-error-body", "stops within the body of a 503", steps(head("503 Busy", "Content-Length: 500"), b'{"error"', HOLD), TIMEOUT, IDLE, settings=SHORT),
+    Fault("silence-in-error-body", "stops within the body of a 503", steps(head("503 Busy", "Content-Length: 500"), b'{"error"', HOLD), _BUSY, _BUSY, settings=SHORT),
     Fault("drip-status-line", "drips the status line, one byte each 20 ms", steps(_drip(right)), TIMEOUT, IDLE, settings=SHORT),
     Fault("drip-headers", "sends a header each 20 ms, without end", steps(b"HTTP/1.1 200 OK\r\n", lambda _: forever(b"X-Drip: 1\r\n", 0.02)), TIMEOUT, IDLE, settings=SHORT),
     Fault("drip-header", "drips one header without end", steps(b"HTTP/1.1 200 OK\r\nX-Drip: ", lambda _: forever(b"x", 0.02)), TIMEOUT, IDLE, settings=SHORT),
@@ -126,16 +129,16 @@ _TIME = _named(
     Fault("drip-trailers", "sends a trailer each 20 ms, without end", steps(_chunked, b"0\r\n", lambda _: forever(b"X: 1\r\n", 0.02)), TIMEOUT, ANSWER, settings=SHORT),
     Fault("drip-without-length", "drips a body that only the close would end", steps(right_head, lambda _: forever(b" ", 0.02)), TIMEOUT, IDLE, settings=SHORT),
     Fault("drip-gzip", "drips gzip blocks that hold nothing", steps(lambda a: right_head(a, "Content-Encoding: gzip", "Transfer-Encoding: chunked"), chunk(gzipped(b"")[:10]), lambda _: forever(chunk(b"\x00\x00\x00\xff\xff"), 0.02)), TIMEOUT, IDLE, settings=SHORT),
-    Fault("drip-error-body", "drips the body of a 503", steps(head("503 Busy", "Content-Length: 9999"), lambda _: forever(b"x", 0.02)), TIMEOUT, IDLE, settings=SHORT),
-    Fault("drip-redirect-body", "drips the body of a redirect", steps(head("302 Found", "Location: /v1/other", "Content-Length: 9999"), lambda _: forever(b"x", 0.02)), TIMEOUT, IDLE, settings=SHORT),
-    Fault("drip-until-deadline", "drips the body; no timeout but the deadline", steps(_chunked_head, lambda _: forever(chunk(b" "), 0.02)), *[fails("LLMTimeoutError", clock="deadline", retriable=True, slow=True)] * 2, settings={"timeout": None, "deadline": 0.3}),
-    Fault("errors-until-deadline", "answers 503 each time, after 100 ms", steps(0.1, answers({"error": {"message": "busy"}}, "503 Busy")), *[fails("LLMServerError", 503, retriable=True)] * 2, settings={"deadline": 5}),
+    Fault("drip-error-body", "drips the body of a 503", steps(head("503 Busy", "Content-Length: 9999"), lambda _: forever(b"x", 0.02)), _BUSY, _BUSY, settings=SHORT),
+    Fault("drip-redirect-body", "drips the body of a redirect", steps(head("302 Found", "Location: /v1/other", "Content-Length: 9999"), lambda _: forever(b"x", 0.02)), *both(fails("LLMAPIError", 302)), settings=SHORT),
+    Fault("drip-until-deadline", "drips the body; no timeout but the deadline", steps(_chunked_head, lambda _: forever(chunk(b" "), 0.02)), *both(fails("LLMTimeoutError", clock="deadline", retriable=True, slow=True)), settings={"timeout": None, "deadline": 0.3}),
+    Fault("errors-until-deadline", "answers 503 each time, after 100 ms", steps(0.1, answers({"error": {"message": "busy"}}, "503 Busy")), *both(fails("LLMServerError", 503, retriable=True)), settings={"deadline": 5}),
     Fault("slow-but-in-time", "takes 200 ms before it answers, of a timeout of 600 ms", steps(0.2, right), settings={"timeout": 0.6}),
 )  # fmt: skip
 
 _CONNECTIONS = _named(
     "Connections",
-    Fault("refused", "nobody listens on the port", steps(), *[replace(BROKEN, says="is the server running?")] * 2, stage="refused", requests=0),
+    Fault("refused", "nobody listens on the port", steps(), *both(replace(BROKEN, says="is the server running?")), stage="refused", requests=0),
     Fault("backlog-full", "the port never accepts", steps(), CONNECT, CONNECT, stage="backlog", requests=0, settings={"connect_timeout": 0.3}),
     Fault("close-at-once", "accepts the connection and closes it", steps(CLOSE), BROKEN, BROKEN, stage="connection", requests=0),
     Fault("reset-at-once", "accepts the connection and resets it", steps(RESET), BROKEN, BROKEN, stage="connection", requests=0),
@@ -144,9 +147,9 @@ _CONNECTIONS = _named(
     Fault("reset-after-headers", "resets after the headers", steps(lambda a: right_head(a, "Content-Length: 500"), 0.05, RESET), BROKEN, CUT_EMPTY),
     Fault("reset-in-body", "resets in the middle of the body", steps(_head_and_half, 0.05, RESET), BROKEN, CUT),
     Fault("reset-in-chunks", "resets between two chunks", steps(_some_chunks, 0.05, RESET), BROKEN, CUT),
-    Fault("reset-in-error-body", "resets in the middle of the body of a 503", steps(head("503 Busy", "Content-Length: 500"), b'{"error"', 0.05, RESET), *[fails("LLMServerError", 503, retriable=True)] * 2),
-    Fault("speaks-first", "answers before it was asked", steps(head("408 Request Timeout", "Content-Length: 0", "Connection: close"), 0.05, DRAIN), *[fails("LLMServerError", 408, retriable=True)] * 2, stage="connection", requests=0),
-    Fault("early-answer", "answers 413 after the headers of a request of 5 MB, and reads the rest", steps(head("413 Too Large", "Content-Length: 0", "Connection: close"), DRAIN), *[fails("LLMInvalidRequestError", 413)] * 2, stage="connection", requests=0, question_bytes=5_000_000),
+    Fault("reset-in-error-body", "resets in the middle of the body of a 503", steps(head("503 Busy", "Content-Length: 500"), b'{"error"', 0.05, RESET), *both(fails("LLMServerError", 503, retriable=True))),
+    Fault("speaks-first", "answers before it was asked", steps(head("408 Request Timeout", "Content-Length: 0", "Connection: close"), 0.05, DRAIN), *both(fails("LLMServerError", 408, retriable=True)), stage="connection", requests=0),
+    Fault("early-answer", "answers 413 after the headers of a request of 5 MB, and reads the rest", steps(head("413 Too Large", "Content-Length: 0", "Connection: close"), DRAIN), *both(fails("LLMInvalidRequestError", 413)), stage="connection", requests=0, question_bytes=5_000_000),
     Fault("close-after-response", "closes the connection that it promised to keep", steps(right, CLOSE), pause=0.05),
     Fault("reset-after-response", "resets the connection that it promised to keep", steps(right, 0.02, RESET), pause=0.05),
     Fault("close-at-next-request", "closes the kept connection when the next request comes", steps(right, NEXT, CLOSE)),
@@ -159,12 +162,12 @@ _TLS_CUT = fails("LLMConnectionError", retriable=True)
 _TLS = _named(
     "TLS",
     Fault("tls-right", "answers as it should, over TLS", steps(right), certificate="good", trusted=True),
-    Fault("tls-silence", "says nothing in the handshake", steps(HOLD), CONNECT, CONNECT, stage="connection", requests=0, settings={"connect_timeout": 0.3}),
-    Fault("tls-drip", "drips a record of the handshake", steps(b"\x16\x03\x03\x3f\xff", lambda _: forever(b"\x02", 0.02)), CONNECT, CONNECT, stage="connection", requests=0, settings={"connect_timeout": 0.3}),
-    Fault("tls-close", "closes in the handshake", steps(NEXT, CLOSE), BROKEN, BROKEN, stage="connection", requests=0),
-    Fault("tls-reset", "resets in the handshake", steps(NEXT, RESET), BROKEN, BROKEN, stage="connection", requests=0),
-    Fault("tls-alert", "refuses the handshake with an alert", steps(NEXT, b"\x15\x03\x03\x00\x02\x02\x28", CLOSE), BROKEN, BROKEN, stage="connection", requests=0),
-    Fault("tls-plain-http", "speaks plain HTTP on a TLS port", steps(NEXT, head("400 Bad Request", "Content-Length: 0"), CLOSE), BROKEN, BROKEN, stage="connection", requests=0),
+    Fault("tls-silence", "says nothing in the handshake", steps(HOLD), CONNECT, CONNECT, stage="connection", certificate="good", trusted=True, requests=0, settings={"connect_timeout": 0.3}),
+    Fault("tls-drip", "drips a record of the handshake", steps(b"\x16\x03\x03\x3f\xff", lambda _: forever(b"\x02", 0.02)), CONNECT, CONNECT, stage="connection", certificate="good", trusted=True, requests=0, settings={"connect_timeout": 0.3}),
+    Fault("tls-close", "closes in the handshake", steps(NEXT, CLOSE), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
+    Fault("tls-reset", "resets in the handshake", steps(NEXT, RESET), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
+    Fault("tls-alert", "refuses the handshake with an alert", steps(NEXT, b"\x15\x03\x03\x00\x02\x02\x28", CLOSE), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
+    Fault("tls-plain-http", "speaks plain HTTP on a TLS port", steps(NEXT, head("400 Bad Request", "Content-Length: 0"), CLOSE), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
     Fault("tls-untrusted", "shows a certificate of an unknown authority", steps(right), UNTRUSTED, UNTRUSTED, certificate="good", requests=0),
     Fault("tls-expired", "shows a certificate that has expired", steps(right), UNTRUSTED, UNTRUSTED, certificate="expired", trusted=True, requests=0),
     Fault("tls-other-host", "shows the certificate of another host", steps(right), UNTRUSTED, UNTRUSTED, certificate="other-host", trusted=True, requests=0),
@@ -261,11 +264,9 @@ def _chunks_of(size: int) -> Script:
     return script
 
 
-def _sized_as(size: Callable[[int], bytes], end: Step = CLOSE) -> Script:
-    """The body as one chunk whose size line is `size` of its length, after a right chunk with some text."""
-    return steps(
-        _some_chunks, lambda a: size(len(payload(a))) + b"\r\n" + payload(a) + b"\r\n" + LAST, end
-    )
+def _sized_as(size: bytes, end: Step = CLOSE) -> Script:
+    """Some right chunks, and after a while one with this size line."""
+    return steps(_some_chunks, 0.05, size + b"\r\n: some comment\n\n\r\n" + LAST, end)
 
 
 def _one_chunk(size: Callable[[int], bytes], end: bytes = b"\r\n0\r\n\r\n") -> Script:
@@ -282,7 +283,7 @@ def _other_answer(asked: Asked) -> bytes:
     return head("200 OK", "Content-Type: application/json", "Content-Length: 5") + b"WRONG"
 
 
-_TOO_LARGE = fails("LLMResponseError", says="max_response_bytes")
+_TOO_LARGE = fails("LLMResponseError", says="larger than")
 _FRAMING = _named(
     "Framing of bodies",
     Fault("length-too-long", "sends less than its Content-Length and closes", steps(_head_and_half, CLOSE), BROKEN, CUT),
@@ -291,7 +292,7 @@ _FRAMING = _named(
     Fault("length-zero", "gives a Content-Length of 0", steps(lambda a: right_head(a, "Content-Length: 0")), WRONG, CUT_EMPTY),
     Fault("length-twice", "gives the right Content-Length twice", steps(lambda a: sized(a, payload(a), f"Content-Length: {len(payload(a))}"))),
     Fault("lengths-conflicting", "gives two lengths that differ, the first too short", steps(lambda a: right_head(a, "Content-Length: 20", f"Content-Length: {len(payload(a))}") + payload(a)), BROKEN, BROKEN),
-    Fault("lengths-conflicting-late", "gives two lengths that differ, the second too short", steps(lambda a: sized(a, payload(a), "Content-Length: 20")), BROKEN, BROKEN),
+    Fault("lengths-conflicting-late", "gives two lengths that differ, the second too short", steps(lambda a: right_head(a, f"Content-Length: {len(payload(a))}", "Content-Length: 20") + payload(a)), BROKEN, BROKEN),
     Fault("length-negative", "gives a negative length and closes", _lengthed("-5")),
     Fault("length-of-words", "gives a length that is no number and closes", _lengthed("long")),
     Fault("length-of-digits", "gives a length of 5,000 digits and closes", _lengthed("9" * 5000)),
@@ -311,23 +312,24 @@ _FRAMING = _named(
     Fault("chunks-end-ragged", "closes before the blank line that ends the chunks", steps(_chunked, b"0\r\n", CLOSE)),
     Fault("chunks-of-one-byte", "sends chunks of one byte", _chunks_of(1)),
     Fault("chunks-of-three-bytes", "cuts characters and lines by chunks of three bytes", _chunks_of(3)),
-    Fault("chunk-size-words", "gives a chunk's size in words", _sized_as(lambda _: b"zz"), BROKEN, CUT),
-    Fault("chunk-size-negative", "gives a negative chunk size", _sized_as(lambda n: b"-%x" % n), BROKEN, CUT),
-    Fault("chunk-size-empty", "gives no chunk size", _sized_as(lambda _: b""), BROKEN, CUT),
-    Fault("chunk-size-prefixed", "writes the chunk's size with 0x", _sized_as(lambda n: b"0x%x" % n), BROKEN, CUT),
-    Fault("chunk-size-huge", "gives a chunk size of 8 exabytes and closes", _sized_as(lambda _: b"7" + b"f" * 15), BROKEN, replace(CUT, text="*")),
-    Fault("chunk-size-silly", "gives a chunk size of 400 digits", _sized_as(lambda _: b"f" * 400), BROKEN, CUT),
-    Fault("chunk-size-short", "sends more than the chunk's size", _sized_as(lambda n: b"%x" % (n // 2)), BROKEN, replace(CUT, text="*")),
+    Fault("chunk-size-words", "gives a chunk's size in words", _sized_as(b"zz"), BROKEN, CUT),
+    Fault("chunk-size-words-at-once", "gives a chunk's size in words, in the packet of right chunks", steps(lambda a: _some_chunks(a) + b"zz\r\n"), BROKEN, CUT),
+    Fault("chunk-size-negative", "gives a negative chunk size", _sized_as(b"-5"), BROKEN, CUT),
+    Fault("chunk-size-empty", "gives no chunk size", _sized_as(b""), BROKEN, CUT),
+    Fault("chunk-size-prefixed", "writes the chunk's size with 0x", _sized_as(b"0x10"), BROKEN, CUT),
+    Fault("chunk-size-huge", "gives a chunk size of 8 exabytes and closes", _sized_as(b"7" + b"f" * 15), BROKEN, CUT),
+    Fault("chunk-size-silly", "gives a chunk size of 400 digits", _sized_as(b"f" * 400), BROKEN, CUT),
+    Fault("chunk-size-short", "sends more than the chunk's size", _sized_as(b"5"), BROKEN, CUT),
     Fault("chunk-size-padded", "pads the chunk's size with zeros and blanks", _one_chunk(lambda n: b"0000%X  \r\n" % n)),
     Fault("chunk-extension", "has extensions after a chunk's size", _one_chunk(lambda n: b'%x;name="value";x\r\n' % n)),
     Fault("chunk-extension-endless", "has an extension without end", steps(_some_chunks, b"5;", lambda _: forever(b"x" * 1000)), BROKEN, CUT),
     Fault("chunk-lines-bare-lf", "ends the chunks' lines with LF alone", steps(lambda a: _chunked_head(a) + b"%x\n" % len(payload(a)) + payload(a) + b"\n0\n\n")),
     Fault("trailers", "sends trailers after the last chunk", _one_chunk(lambda n: b"%x\r\n" % n, b"\r\n0\r\nX-Checksum: 1\r\nX-Other: 2\r\n\r\n")),
     Fault("trailers-endless", "sends trailers without end", steps(_chunked, b"0\r\n", lambda _: forever(b"X: 1\r\n" * 100)), BROKEN, ANSWER),
-    Fault("trailer-endless", "sends one trailer without end", steps(_chunked, b"0\r\nX: ", lambda _: forever(b"x" * 1000)), BROKEN, ANSWER),
+    Fault("trailer-endless", "sends one trailer without end", steps(_chunked, b"0\r\nX: ", lambda _: forever(b"x" * 1000))),
     Fault("body-endless", "sends a body without end or length", steps(right_head, lambda _: forever(b" " * 10_000)), _TOO_LARGE, _TOO_LARGE, settings=SMALL),
     Fault("chunks-endless", "sends chunks without end", steps(_chunked_head, lambda _: forever(chunk(b"x" * 10_000))), _TOO_LARGE, _TOO_LARGE, settings=SMALL),
-    Fault("body-too-large", "sends 1 MB where 200 kB are allowed", steps(lambda a: sized(a, b" " * 1_000_000)), _TOO_LARGE, replace(CUT_EMPTY, text=""), settings=SMALL),
+    Fault("body-too-large", "sends 1 MB where 200 kB are allowed", steps(lambda a: sized(a, b" " * 1_000_000)), _TOO_LARGE, _TOO_LARGE, settings=SMALL),
     Fault("bytes-after-response", "sends garbage in the packet of the response", steps(lambda a: right(a) + b"garbage")),
     Fault("line-after-response", "sends a blank line after the response", steps(lambda a: right(a) + b"\r\n")),
     Fault("bytes-after-response-late", "sends garbage 50 ms after the response", steps(right, 0.05, b"garbage"), pause=0.15),
@@ -357,8 +359,10 @@ def _flushed(asked: Asked) -> Iterator[Step]:
 def _cut_gzip(asked: Asked) -> bytes:
     """Half a gzip body in right framing; each event was flushed, so that text has come."""
     packer = zlib.compressobj(wbits=31)
-    said = talk(asked)
-    pieces = [*said.start, *said.text[:4]] if asked.stream else [half(asked)]
+    pieces = [half(asked)]
+    if asked.stream:
+        said = talk(asked)
+        pieces = [*said.start, *said.text[:4]]
     data = b"".join(packer.compress(p) + packer.flush(zlib.Z_SYNC_FLUSH) for p in pieces)
     return sized(asked, data, "Content-Encoding: gzip")
 
@@ -372,7 +376,6 @@ def _bombed(megabytes: int, status: str = "200 OK") -> Script:
     return script
 
 
-_BUSY = fails("LLMServerError", 503, retriable=True)
 _UNASKED = fails("LLMResponseError", says="encoding")
 _ENCODINGS = _named(
     "Content encodings",
@@ -382,11 +385,11 @@ _ENCODINGS = _named(
     Fault("gzip-two-members", "compresses in two members", _coded("gzip", lambda b: gzipped(b[:40]) + gzip.compress(b[40:]))),
     Fault("gzip-and-zeros", "has zeros after the compressed body", _coded("gzip", lambda b: gzipped(b) + bytes(8))),
     Fault("gzip-cut", "sends half a compressed body, rightly framed", steps(_cut_gzip), BROKEN, CUT),
-    Fault("gzip-checksum", "sends a compressed body with a wrong checksum", _coded("gzip", lambda b: gzipped(b)[:-8] + bytes(8)), BROKEN, replace(CUT, text="*")),
+    Fault("gzip-checksum", "sends a compressed body with a wrong checksum", _coded("gzip", lambda b: gzipped(b)[:-8] + bytes(8)), BROKEN, CUT_EMPTY),
     Fault("gzip-not", "calls a plain body gzip", _coded("gzip", lambda b: b), BROKEN, CUT_EMPTY),
     Fault("gzip-empty", "calls an empty body gzip", _coded("gzip", lambda _: b""), BROKEN, CUT_EMPTY),
-    Fault("gzip-bomb", "sends 300 kB that unfold into 300 MB", _bombed(300), _TOO_LARGE, _TOO_LARGE, settings=SMALL),
-    Fault("gzip-bomb-in-error", "sends such a bomb as the body of a 503", _bombed(300, "503 Busy"), _BUSY, _BUSY, settings=SMALL),
+    Fault("gzip-bomb", "sends 100 kB that unfold into 100 MB", _bombed(100), _TOO_LARGE, _TOO_LARGE, settings=SMALL),
+    Fault("gzip-bomb-in-error", "sends such a bomb as the body of a 503", _bombed(100, "503 Busy"), _BUSY, _BUSY, settings=SMALL),
     Fault("deflate", "compresses with deflate (zlib)", _coded("deflate", zlib.compress)),
     Fault("deflate-raw", "compresses with deflate, without zlib's frame", _coded("deflate", _raw_deflate)),
     Fault("brotli", "compresses with brotli, unasked", _coded("br", lambda b: b), _UNASKED, _UNASKED),
@@ -394,7 +397,7 @@ _ENCODINGS = _named(
     Fault("encoding-twice", "compresses twice", _coded("gzip, gzip", lambda b: gzipped(gzipped(b))), _UNASKED, _UNASKED),
     Fault("encoding-identity", "names the encoding that is none", _coded("identity", lambda b: b)),
     Fault("encoding-empty", "names no encoding in the header for it", _coded("", lambda b: b)),
-    Fault("error-gzip", "answers 503, compressed", answers(gzipped(b'{"error": {"message": "compressed words"}}'), "503 Busy", "Content-Encoding: gzip"), *[replace(_BUSY, says="compressed words")] * 2),
+    Fault("error-gzip", "answers 503, compressed", answers(gzipped(b'{"error": {"message": "compressed words"}}'), "503 Busy", "Content-Encoding: gzip"), *both(replace(_BUSY, says="compressed words"))),
     Fault("error-gzip-cut", "answers 503, cut within the compressed body", answers(gzipped(b'{"error": {"message": "x"}}')[:-12], "503 Busy", "Content-Encoding: gzip"), _BUSY, _BUSY),
     Fault("error-gzip-not", "answers 503 and calls a plain body gzip", answers({"error": {"message": "x"}}, "503 Busy", "Content-Encoding: gzip"), _BUSY, _BUSY),
     Fault("error-brotli", "answers 503 in an encoding that was not asked for", answers(b"\x0b\x02\x80abc\x03", "503 Busy", "Content-Encoding: br"), _BUSY, _BUSY),

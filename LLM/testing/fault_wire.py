@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from LLM.testing.dialects import CHAT, COMPLETIONS, MESSAGES, Ask, Dialect, encoded
@@ -212,6 +213,7 @@ def gzipped(data: bytes) -> bytes:
     return gzip.compress(data, mtime=0)
 
 
+@lru_cache
 def bomb(megabytes: int) -> bytes:
     """A gzip body of that many megabytes of blanks."""
     packer = zlib.compressobj(9, wbits=31)
@@ -364,7 +366,7 @@ class Outcome:
     @property
     def retried(self) -> bool:
         """Whether the client tries again by itself."""
-        return self.retriable and not self.text and not self.tools and not self.slow
+        return self.retriable and not self.text and not self.slow
 
 
 ANSWER = Outcome()
@@ -373,6 +375,11 @@ ANSWER = Outcome()
 def fails(error: str, status: int | None = None, *, text: str = "", **facts: Any) -> Outcome:
     """The outcome is an error."""
     return Outcome(error, text=text, status=status, **facts)
+
+
+def both(outcome: Outcome) -> tuple[Outcome, Outcome]:
+    """The same for a call and for a stream."""
+    return outcome, outcome
 
 
 def said(text: str, **facts: Any) -> Outcome:
