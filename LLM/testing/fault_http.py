@@ -54,7 +54,7 @@ from LLM.testing.fault_wire import (
 
 __all__ = ["HTTP_FAULTS"]
 
-SHORT = {"timeout": 0.3}
+SHORT = {"timeout": 0.25}
 SMALL = {"max_response_bytes": 200_000}
 
 _BUSY = fails("LLMServerError", 503, retriable=True)

@@ -137,10 +137,8 @@ def _said(asked: Asked) -> tuple[Ask, Answer]:
     options = asked._json.get("stream_options") or {}  # noqa: SLF001 - this module's own
     usage = options.get("include_usage") is True
     ask = Ask("stand-in", [[]], stream=asked.stream, include_usage=usage)
-    if asked.tools:
-        answer = Answer(None, (TOOL,), "tool_calls")
-    else:
-        answer = Answer(right_text(asked.question))
+    called = Answer(None, (TOOL,), "tool_calls")
+    answer = called if asked.tools else Answer(right_text(asked.question))
     counted = Usage(prompt_tokens=7, completion_tokens=completion_tokens(answer))
     return ask, Answer(answer.text, answer.tool_calls, answer.finish_reason, counted)
 
