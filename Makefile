@@ -54,6 +54,9 @@ bench: .venv/dev  ## measure against other clients; writes docs/benchmarks.md
 test-lowest: .venv-lowest/dev  ## all tests, with the oldest dependencies that pyproject.toml allows
 	@.venv-lowest/bin/python -m pytest -n auto $(ARGS)
 
+soak: .venv/dev  ## 20,000 calls, one in ten faulty: nothing may be left behind
+	@LLM_SOAK_CALLS=20000 $(PY) -m pytest -q --timeout 600 tests/test_soak.py $(ARGS)
+
 clean:  ## remove all that these targets made
 	rm -rf .venv .venv-lowest build dist docs/_build htmlcov *.egg-info .coverage .coverage.* .hypothesis .*_cache
 	find LLM agents tests bench docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
@@ -77,5 +80,5 @@ clean:  ## remove all that these targets made
 	@echo 'installing the oldest:' `cat .venv-lowest/floors.txt`; .venv-lowest/bin/python $(PIP) --constraint .venv-lowest/floors.txt --only-binary pydantic-core --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test cover lint format docs bench test-lowest clean
+.PHONY: help install demo test cover lint format docs bench test-lowest soak clean
 .DELETE_ON_ERROR:
