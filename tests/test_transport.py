@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import socket
 import threading
 import time
@@ -455,3 +456,58 @@ def test_an_answer_that_is_too_large_is_refused():
         with client(server.url, max_response_bytes=1000) as llm:
             with pytest.raises(LLMError, match="max_response_bytes"):
                 llm.chat_completion(HELLO)
+
+
+@pytest.mark.parametrize("way", ["response", "stream"])
+def test_ctrl_c_closes_the_connection_and_the_next_call_is_right(way):
+    gone = threading.Event()
+
+    def answer(connection, number):
+        if number > 1:
+            connection.sendall(http())
+            return
+        if way == "stream":
+            connection.sendall(stream_head("connection: close") + chunk("a"))
+        connection.recv(1)  # until the client goes away
+        gone.set()
+
+    def interrupt():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with raw_server(answer) as server, client(server.url) as llm:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        timer = threading.Timer(0.2, interrupt)
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                if way == "stream":
+                    list(llm.stream(HELLO))
+                else:
+                    llm.chat_completion(HELLO)
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGINT, before)
+        assert gone.wait(1)
+        assert llm.chat_completion(HELLO).text == "right"
+
+
+def test_a_held_stream_blocks_nobody():
+    """More streams held open than the pool keeps: each gets a connection of its own."""
+
+    def answer(connection, number):
+        connection.sendall(stream_head("connection: close") + chunk(str(number)))
+        connection.recv(1)
+
+    with raw_server(answer) as server, client(server.url, pool_size=2) as llm:
+        streams = [llm.stream(HELLO) for _ in range(6)]
+        assert sorted(next(stream).text_delta for stream in streams) == list("123456")
+
+
+def test_a_key_over_plain_http_to_another_host_is_warned_of_once(monkeypatch, caplog):
+    with raw_server(lambda c, n: c.sendall(http())) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with client("http://model.invalid") as llm:
+            llm.chat_completion(HELLO)
+            llm.chat_completion(HELLO)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == ["the key goes to model.invalid unencrypted; use https"]
