@@ -147,6 +147,7 @@ def retry(policy: RetryPolicy, quota: RetryQuota, clock: Clock) -> Layer:
                 cost = quota.take(failure) if following is not None and not late else None
                 if following is None or cost is None:
                     # Without the frames below: their variables hold what the server said.
+                    failure.__context__ = None
                     raise failure.with_traceback(None)
                 current, paid = following, cost
                 attempts = len(history) + 1 + int(following.total or 0)

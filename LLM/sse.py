@@ -12,6 +12,11 @@ Event = tuple[bytes, bytes]
 
 _TOO_LARGE = "an event of the stream is larger than {} bytes"
 
+# What a line of an event costs in memory beside its bytes: many empty ones would be free otherwise.
+_LINE_COST = 48
+
+_STRAY_LIMIT = 64 * 1024
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -26,7 +31,17 @@ class SSEDecoder:
         max_event_bytes: size at which an unfinished event is refused with `EventTooLargeError`.
     """
 
-    __slots__ = ("_after_cr", "_data", "_limit", "_line", "_name", "_refused", "_size", "_started")
+    __slots__ = (
+        "_after_cr",
+        "_data",
+        "_limit",
+        "_line",
+        "_name",
+        "_refused",
+        "_size",
+        "_started",
+        "stray",
+    )
 
     def __init__(self, max_event_bytes: int = 64 * 1024 * 1024) -> None:
         self._limit = max_event_bytes
@@ -36,6 +51,7 @@ class SSEDecoder:
         self._size = 0  # bytes held in _line and _data
         self._after_cr = False  # the last byte was CR: an LF that follows belongs to it
         self._refused = False
+        self.stray = b""  # the last line that is no field but begins like JSON: an error, perhaps
         self._started = False  # past the place where a byte order mark may stand
 
     def feed(self, chunk: bytes) -> list[Event]:
@@ -44,6 +60,7 @@ class SSEDecoder:
         if (
             self._started
             and not self._size
+            and not self._data
             and not self._after_cr
             and chunk[:6] == b"data: "
             and chunk[-2:] == b"\n\n"
@@ -118,7 +135,7 @@ class SSEDecoder:
         if line[:5] == b"data:":
             value = line[6:] if line[5:6] == b" " else line[5:]
             self._data.append(value)
-            self._grow(len(value) + 1)
+            self._grow(len(value) + (_LINE_COST if len(self._data) > 1 else 0))
         elif not line:
             if self._data:
                 data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
@@ -129,7 +146,9 @@ class SSEDecoder:
             self._name = line[7:] if line[6:7] == b" " else line[6:]
         elif line == b"data":
             self._data.append(b"")
-            self._grow(1)
+            self._grow(_LINE_COST)
+        elif line[:1] == b"{":
+            self.stray = line[:_STRAY_LIMIT]
         # Comments (": keep-alive"), `id`, `retry` and unknown fields say nothing to us.
 
     def _grow(self, size: int) -> None:

@@ -144,6 +144,8 @@ class Stream:
         failure, self._failure = self._failure, None
         if failure is None:
             raise StopIteration
+        failure.history = self._info.history
+        failure.__context__ = None
         if self._raise:
             raise failure.with_traceback(None)  # the frames below hold what the server said
         return StreamEvent(EventType.ERROR, error=failure)
@@ -256,10 +258,12 @@ class Stream:
             self._fail(LLMResponseError(str(error), **self._origin()))
             return
         except LLMError as error:
-            self._fail(error)
+            # The last event may be cut itself; that is no fault of what it says.
+            cut = not data and type(error) is LLMResponseError
+            self._fail(self._cut_short() if cut else error)
             return
         except base.MALFORMED as error:
-            self._fail(self._not_understood(error))
+            self._fail(self._not_understood(error) if data else self._cut_short())
             return
         if self._decoder.ended:
             self._complete()
@@ -294,10 +298,15 @@ class Stream:
         raise base.unexpected(self._call, response, "not a stream of events")
 
     def _not_understood(self, error: Exception) -> LLMError:
-        what = f"an event is in a form that is not understood ({type(error).__name__})"
-        return LLMResponseError(what, **self._origin())
+        response = WireResponse(self._wire.status, self._wire.headers, b"")
+        what = f"an event in a form that is not understood ({type(error).__name__})"
+        return base.unexpected(self._call, response, what)
 
     def _cut_short(self) -> LLMError:
+        stray = self._framing.stray
+        if stray and base.read_error(stray).found:  # an error as bare JSON, after the events
+            response = WireResponse(self._wire.status, self._wire.headers, stray)
+            return self._provider.error(self._call, response)
         what = "was cut before its end" if self._decoder.progress else "ended without a word"
         place = self._call.target.base_url
         return LLMStreamError(f"{place}: the stream {what}", **self._origin())
@@ -318,6 +327,9 @@ class Stream:
 
     def _complete(self) -> None:
         assert self._source is not None  # noqa: S101 - for the type checker
+        if not self._decoder.begun:  # an end marker and nothing else
+            self._fail(self._cut_short())
+            return
         try:
             self._ready.extend(self._decoder.finish())
         except base.MALFORMED as error:
@@ -344,14 +356,14 @@ class Stream:
         if self._source is None:
             return None
         if self._answer is None or not self._source.over:
+            self._info.latency_ms = (self._clock.now() - self._started) * 1000
             with suppress(*base.MALFORMED):
                 self._answer = self._decoder.response()
-            if self._answer is not None:
-                self._info.latency_ms = (self._clock.now() - self._started) * 1000
-                self._answer.note(
-                    provider=self._info.provider,
-                    request_id=self._info.request_id,
-                    history=self._info.history,
-                    latency_ms=self._info.latency_ms,
-                )
+        if self._answer is not None:
+            self._answer.note(
+                provider=self._info.provider,
+                request_id=self._info.request_id,
+                history=self._info.history,
+                latency_ms=self._info.latency_ms,
+            )
         return self._answer

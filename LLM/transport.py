@@ -224,7 +224,7 @@ class _Response(http.client.HTTPResponse):
         self._wire = sock
         self.plain: dict[str, str] = {}  # the headers by lower-case name, the first of each
         self._held = b""  # bytes of the chunked framing that are not understood yet
-        self._left = -1  # bytes left in the chunk; -1: its size line comes next; -2: the end came
+        self._left = -1  # bytes left in the chunk; -1: its size line comes next; -2: the trailer
 
     def begin(self) -> None:
         if self.headers is not None:
@@ -249,7 +249,9 @@ class _Response(http.client.HTTPResponse):
         self.plain = {}
         for name, value in self._read_header_lines():
             message.set_raw(name, value)
-            self.plain.setdefault(name.lower(), value)
+            known = self.plain.setdefault(name.lower(), value)
+            if known != value and name.lower() == "content-length":
+                raise http.client.HTTPException("two different lengths")  # RFC 9112, section 6.3
         self._frame()
 
     def _read_header_lines(self) -> list[tuple[str, str]]:
@@ -303,6 +305,7 @@ class _Response(http.client.HTTPResponse):
             body = self._unframe(data)
             if body:
                 return body
+        self._skip_trailer()
         self._close_conn()
         return b""
 
@@ -320,42 +323,39 @@ class _Response(http.client.HTTPResponse):
     def _unframe(self, data: bytes) -> bytes:
         """The body bytes in `data`; what is not understood yet is held."""
         pieces: list[bytes] = []
-        left, position, size = self._left, 0, len(data)
-        while position < size:
-            if left > 0:
-                piece = data[position : position + left]
+        position, size = 0, len(data)
+        while position < size and self._left != -2:
+            if self._left > 0:
+                piece = data[position : position + self._left]
                 pieces.append(piece)
                 position += len(piece)
-                left -= len(piece)
+                self._left -= len(piece)
                 continue
-            # Between chunks: the line end of the last one (left == 0), then the size of the next.
-            start = position
-            if left == 0:
-                end = data.find(b"\n", position)
-                if end < 0:
-                    break
-                if data[position:end].strip(b"\r"):
-                    raise http.client.HTTPException("a chunk is longer than its size says")
-                position = start = end + 1
-                left = -1
-            end = data.find(b"\n", start)
+            try:
+                end, left = self._next_size(data, position)
+            except http.client.HTTPException:
+                if not pieces:
+                    raise
+                break  # what came before is good; the next read meets this again
             if end < 0:
                 break
-            left = _chunk_size(data[start:end])
-            position = end + 1
-            if left == 0:
-                left = -2
-                self._held = data[position:]
-                self._skip_trailer()
-                break
-        else:
-            start = position
-        if left != -2:
-            self._held = data[start if left <= 0 else position :]
-            if len(self._held) > _MAX_CHUNK_LINE:
-                raise http.client.LineTooLong("chunk size")
-        self._left = left
+            position, self._left = end, left or -2
+        self._held = data[position:]
+        if len(self._held) > _MAX_CHUNK_LINE and self._left != -2:
+            raise http.client.LineTooLong("chunk size")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _next_size(self, data: bytes, position: int) -> tuple[int, int]:
+        """Where the next chunk begins and its size; (-1, 0) if its size line has not come yet."""
+        if self._left == 0:  # the line end that closes the last chunk
+            end = data.find(b"\n", position)
+            if end < 0:
+                return -1, 0
+            if data[position:end].strip(b"\r"):
+                raise http.client.HTTPException("a chunk is longer than its size says")
+            position = end + 1
+        end = data.find(b"\n", position)
+        return (-1, 0) if end < 0 else (end + 1, _chunk_size(data[position:end]))
 
     def _skip_trailer(self) -> None:
         """Read to the blank line that ends a chunked body; many servers send nothing before it."""
@@ -387,7 +387,7 @@ class _Response(http.client.HTTPResponse):
 def _chunk_size(line: bytes) -> int:
     digits = line.split(b";", 1)[0].strip()
     if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdefABCDEF"):
-        raise http.client.HTTPException(f"not a chunk size: {digits[:20]!r}")
+        raise http.client.HTTPException("a chunk without a size")
     return int(digits, 16)
 
 
@@ -405,7 +405,10 @@ class _Wire(HTTPConnection):
 
     def connect(self) -> None:
         exchange = _current.exchange
-        super().connect()
+        try:
+            super().connect()
+        except TimeoutError as error:  # in the TLS handshake, or while a proxy opens a tunnel
+            raise urllib3.exceptions.ConnectTimeoutError(self, "no connection in time") from error
         self.tainted = False
         if exchange is not None:
             exchange.attach(self.sock)
@@ -721,7 +724,7 @@ class Transport:
         stream = None
         try:
             raw = self._answer(request, exchange, call)
-            if raw.status >= 300:
+            if not 200 <= raw.status < 300:
                 return _read_all(raw, exchange, request, call.max_response_bytes)
             stream = WireStream(raw, exchange, request, call, self._streams, self._clock)
             return stream
@@ -1022,7 +1025,7 @@ class _Body:
 def _read_all(raw: Any, exchange: Exchange, request: WireRequest, limit: int) -> WireResponse:
     """The answer with its decoded body: within `limit`, or, of an error, as much as is worth keeping."""
     headers = _headers(raw)
-    excerpt = raw.status >= 300
+    excerpt = not 200 <= raw.status < 300
     body = _Body(raw)
     pieces: list[bytes] = []
     failure: LLMError | None = None
@@ -1053,12 +1056,11 @@ def _collect(
 ) -> None:
     decode = _decoder(headers, limit, request)
     length = headers.get("content-length", "")
-    if decode is None and length.isdecimal() and len(length) < 19:
-        if int(length) <= limit:
-            pieces.append(body.read_whole())
-            return
-        if not excerpt:
+    if decode is None and not excerpt and length.isdecimal() and len(length) < 19:
+        if int(length) > limit:
             raise too_large(request, limit)
+        pieces.append(body.read_whole())
+        return
     size = 0
     while size <= limit:
         data = body.read()
@@ -1080,32 +1082,50 @@ def too_large(request: WireRequest, limit: int) -> LLMResponseError:
 class _Inflater:
     """gzip and deflate, bounded: a small body that unfolds into gigabytes is refused, a cut one too."""
 
-    def __init__(self, encoding: str, limit: int, request: WireRequest) -> None:
-        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | (16 if "gzip" in encoding else 0))
+    def __init__(self, limit: int, request: WireRequest) -> None:
         self._limit, self._request = limit, request
         self._size = 0
+        self._inflate: Any = None
 
     def feed(self, data: bytes) -> bytes:
-        out = self._inflate.decompress(data, self._limit - self._size + 1)
-        self._size += len(out)
-        if self._size > self._limit:
-            raise too_large(self._request, self._limit)
-        return out
+        pieces = []
+        while data:
+            if self._inflate is None:
+                self._inflate = zlib.decompressobj(_window(data))
+            out = self._inflate.decompress(data, self._limit - self._size + 1)
+            self._size += len(out)
+            if self._size > self._limit:
+                raise too_large(self._request, self._limit)
+            pieces.append(out)
+            data = self._inflate.unconsumed_tail
+            if self._inflate.eof and self._inflate.unused_data[:2] == b"\x1f\x8b":
+                # A gzip file may be several, one after the other.
+                data, self._inflate = self._inflate.unused_data, None
+        return b"".join(pieces)
 
     def finish(self) -> bytes:
-        if not self._inflate.eof:
+        if self._inflate is not None and not self._inflate.eof:
             raise http.client.IncompleteRead(b"")
         return b""
 
 
+def _window(data: bytes) -> int:
+    """How zlib is to read what begins like this: gzip, zlib, or deflate without any header."""
+    if data[0] == 0x1F:
+        return zlib.MAX_WBITS | 16
+    wrapped = data[0] & 0x0F == 8 and (len(data) < 2 or (data[0] << 8 | data[1]) % 31 == 0)
+    return zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS
+
+
 def _decoder(headers: Mapping[str, str], limit: int, request: WireRequest) -> _Inflater | None:
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("identity", ""):
+    encoding = headers.get("content-encoding", "identity").strip()
+    if encoding.lower() in ("identity", ""):
         return None
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return _Inflater(encoding, limit, request)
+    if encoding.lower() in ("gzip", "x-gzip", "deflate"):
+        return _Inflater(limit, request)
+    said = clean(redact(encoding, request.key))[:40]
     raise LLMResponseError(
-        f"{_place(request)} answered in an encoding that was not asked for: {clean(encoding)[:40]}"
+        f"{_place(request)} answered in an encoding that was not asked for: {said}"
     )
 
 

@@ -6,12 +6,12 @@ nothing) and take enumerations as plain strings (a new finish reason is not an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, WrapValidator, model_validator
 
 from LLM.errors import Attempt, LLMError
 
@@ -38,6 +38,23 @@ class Value(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=(), defer_build=True)
 
 
+def _or_none(value: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValueError:
+        return None
+
+
+def _name(value: Any, validate: Callable[[Any], Any]) -> Any:
+    return str(value) if type(value) in (int, float) else _or_none(value, validate)
+
+
+# What stands beside what was said, in a form that nobody can use, is unknown: an answer that was paid
+# for is not refused for it. A number where a name is due is a name.
+_OrNone = WrapValidator(_or_none)
+_Name = Annotated[str | None, WrapValidator(_name)]
+
+
 class FunctionCall(Value):
     """The function that the model wants called; `arguments` is JSON text, as the model wrote it."""
 
@@ -57,7 +74,7 @@ class FunctionCall(Value):
 class ToolCall(Value):
     """One call of a tool, in OpenAI's form."""
 
-    id: str | None = None
+    id: _Name = None
     type: str | None = "function"
     function: FunctionCall = FunctionCall()  # a custom tool's call has none
 
@@ -207,12 +224,12 @@ class Choice(Value):
 class ChatCompletionResponse(Answer):
     """An answer to `chat_completion`."""
 
-    id: str | None = None
+    id: _Name = None
     object: str | None = "chat.completion"
-    created: float | None = None
-    model: str | None = None
+    created: Annotated[float | None, _OrNone] = None
+    model: _Name = None
     choices: list[Choice]
-    usage: TokenUsage | None = None
+    usage: Annotated[TokenUsage | None, _OrNone] = None
 
     @property
     def text(self) -> str:
@@ -238,12 +255,12 @@ class CompletionChoice(Value):
 class CompletionResponse(Answer):
     """An answer to `completion`; with a list of prompts, one choice each, in their order."""
 
-    id: str | None = None
+    id: _Name = None
     object: str | None = "text_completion"
-    created: float | None = None
-    model: str | None = None
+    created: Annotated[float | None, _OrNone] = None
+    model: _Name = None
     choices: list[CompletionChoice]
-    usage: TokenUsage | None = None
+    usage: Annotated[TokenUsage | None, _OrNone] = None
 
     @property
     def text(self) -> str:
@@ -258,7 +275,7 @@ class CompletionResponse(Answer):
 class ModelInfo(Value):
     id: str
     object: str | None = "model"
-    created: float | None = None
+    created: Annotated[float | None, _OrNone] = None
     owned_by: str | None = None
 
 

@@ -4,6 +4,7 @@
 """
 
 import gc
+import logging
 import os
 import resource
 import threading
@@ -73,7 +74,9 @@ def _target(fd):
         return ""
 
 
-def test_a_long_night_leaves_nothing_behind():
+def test_a_long_night_leaves_nothing_behind(monkeypatch):
+    # pytest keeps every log record, and with it every error, until the test is over.
+    monkeypatch.setattr(logging.getLogger("LLM"), "disabled", True)
     wrong, right = [], 0
     with raw_server(answer) as server:
         config = LLMConfig(base_url=server.url, timeout=5, max_retries=0)

@@ -387,6 +387,10 @@ class MessagesDecoder:
         self.ended = False
 
     @property
+    def begun(self) -> bool:
+        return bool(self._head or self._blocks or self._stop_reason or self._usage)
+
+    @property
     def complete(self) -> bool:
         return self.ended or self._stop_reason is not None
 
@@ -397,7 +401,7 @@ class MessagesDecoder:
     def feed(self, name: bytes, data: bytes) -> list[StreamEvent]:
         if not data or data.isspace():
             return []
-        if data == b"[DONE]":  # a gateway's habit from the other dialect
+        if len(data) < 16 and data.strip() == b"[DONE]":  # a gateway's habit from the other dialect
             self.ended = True
             return []
         event = self._parse(name, data)
@@ -427,9 +431,11 @@ class MessagesDecoder:
             if name != b"error":
                 raise base.unexpected(self._call, response, "an event that is not JSON") from None
             event = {"error": data.decode("utf-8", "replace")}
-        if name == b"error" or not isinstance(event, dict) or event.get("error"):
+        odd = isinstance(event, dict) and "type" not in event and "detail" in event
+        odd = odd or (isinstance(event, dict) and event.get("object") == "error")
+        if odd or name == b"error" or not isinstance(event, dict) or event.get("error"):
             found = base.read_error_value(event)
-            if found is None and name == b"error":
+            if found is None and (name == b"error" or isinstance(event, str)):
                 found = base.ErrorBody(str(event))
             if found is None:
                 raise base.unexpected(self._call, response, "an event that is not an object")
@@ -501,7 +507,7 @@ class MessagesDecoder:
         return events
 
     def response(self) -> Answer | None:
-        if not (self._head or self._blocks or self._stop_reason or self._usage):
+        if not self.begun:
             return None
         native = _Native.model_validate(
             {

@@ -107,6 +107,7 @@ class EventDecoder(Protocol):
     Attributes:
         ended: the end marker has come; nothing after it counts.
         complete: the end marker or a finish reason has come.
+        begun: anything of an answer has come.
         progress: grows with every piece of content, also of calls that are not whole yet.
     """
 
@@ -114,6 +115,9 @@ class EventDecoder(Protocol):
 
     @property
     def complete(self) -> bool: ...
+
+    @property
+    def begun(self) -> bool: ...
 
     @property
     def progress(self) -> int: ...
@@ -323,7 +327,7 @@ def mend_surrogates(value: Any) -> Any:
     if isinstance(value, list):
         return [mend_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {key: mend_surrogates(item) for key, item in value.items()}
+        return {mend_surrogates(key): mend_surrogates(item) for key, item in value.items()}
     return value
 
 
@@ -438,8 +442,8 @@ def api_error(
         wording: what a dialect's servers say where they give no code, and what it means.
     """
     status, headers, key = response.status, response.headers, call.target.key
-    in_stream = status < 400
-    cls = error_class(None if in_stream else status, found.code, found.type) or LLMAPIError
+    in_answer = 200 <= status < 300  # the error came inside what had begun well
+    cls = error_class(None if in_answer else status, found.code, found.type) or LLMAPIError
     if not issubclass(cls, (LLMContextLengthError, LLMQuotaError)):
         said = found.message.lower()
         cls = next((meant for words, meant in wording if words in said), cls)
@@ -451,14 +455,10 @@ def api_error(
         text = f"redirected to {clean(place)[:200]}, which is not followed; set base_url to it if it is right"
     else:
         text = clean(redact(found.message, call.target.key))[:_MAX_MESSAGE] or "no message"
-    prefix = (
-        f"{call.target.host.name}"
-        if in_stream and status < 300
-        else f"{call.target.host.name} {status}"
-    )
+    prefix = f"{call.target.host.name}" if in_answer else f"{call.target.host.name} {status}"
     return cls(
         redact(f"{prefix}: {text}", call.target.key),
-        status_code=None if in_stream and status < 300 else status,
+        status_code=None if in_answer else status,
         code=redact(found.code, key) if isinstance(found.code, str) else found.code,
         type=redact(found.type, key) if found.type else found.type,
         param=redact(found.param, key) if found.param else found.param,

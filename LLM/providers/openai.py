@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
+from pydantic import ValidationError
+
 from LLM.errors import (
     LLMAPIError,
     LLMConfigError,
@@ -168,11 +170,15 @@ class ChatDecoder:
         return TokenUsage.model_validate(self._usage) if isinstance(self._usage, dict) else None
 
     @property
+    def begun(self) -> bool:
+        return bool(self._head)
+
+    @property
     def complete(self) -> bool:
         return self.ended or any(c.finish_reason is not None for c in self._choices.values())
 
     def feed(self, name: bytes, data: bytes) -> list[StreamEvent]:
-        if data == b"[DONE]":
+        if len(data) < 16 and data.strip() == b"[DONE]":
             self.ended = True
             return []
         if not data or data.isspace():
@@ -184,17 +190,14 @@ class ChatDecoder:
         if not self._head:
             self._head = chunk
         if not choices:
+            if choices is None:
+                self._raise_if_error(chunk, data)
             return []
-        # The common case first: one piece of text, and nothing else to remember.
-        choice = choices[0]
-        delta = choice.get("delta")
-        if len(choices) == 1 and not choice.get("index") and delta and len(delta) == 1:
-            text = delta.get("content")
-            bare = choice.get("finish_reason") is None and choice.get("logprobs") is None
-            if bare and text and type(text) is str:
-                self._first.text.write(text)
-                self.progress += 1
-                return [base.text_event(text)]
+        text = _only_text(choices)
+        if text:
+            self._first.text.write(text)
+            self.progress += 1
+            return [base.text_event(text)]
         events: list[StreamEvent] = []
         for choice in choices:
             if isinstance(choice, dict):
@@ -218,12 +221,20 @@ class ChatDecoder:
             raise self._unexpected(data, "not an object")
         raise base.api_error(self._call, WireResponse(200, {}, data), found, _WORDING)
 
+    def _raise_if_error(self, chunk: dict[str, Any], data: bytes) -> None:
+        """Some servers report an error like any other object: FastAPI's `detail`, vLLM's `object`."""
+        if "detail" in chunk or chunk.get("object") == "error":
+            found = base.read_error_value(chunk)
+            if found is not None:
+                raise base.api_error(self._call, WireResponse(200, {}, data), found, _WORDING)
+
     def _unexpected(self, data: bytes, problem: str) -> LLMResponseError:
         response = WireResponse(200, {"content-type": "text/event-stream"}, data)
         return base.unexpected(self._call, response, f"an event that is {problem}")
 
     def _take_choice(self, choice: dict[str, Any], events: list[StreamEvent]) -> None:
-        index = choice.get("index") or 0
+        index = choice.get("index")
+        index = index if isinstance(index, int) else 0
         fold = self._choices.get(index)
         if fold is None:
             fold = self._choices[index] = _ChoiceFold()
@@ -298,7 +309,7 @@ class ChatDecoder:
         return events
 
     def response(self) -> Answer | None:
-        if not self._head:
+        if not self.begun:
             return None
         head = {k: v for k, v in self._head.items() if k not in ("choices", "usage", "object")}
         chat = self._call.endpoint == "chat"
@@ -307,9 +318,25 @@ class ChatDecoder:
             for index, fold in sorted(self._choices.items())
         ]
         value = _VALUES[self._call.endpoint]
-        answer = value.model_validate({**head, "choices": choices})
+        try:
+            answer = value.model_validate({**head, "choices": choices})
+        except ValidationError:  # an odd field beside what was said
+            answer = value.model_validate({"choices": choices})
         answer.usage = self.usage  # type: ignore[attr-defined]  # both values have one
         return answer
+
+
+def _only_text(choices: Any) -> str | None:
+    """The text of a chunk that says nothing else: nearly all are like that, so they are met first."""
+    if type(choices) is not list or len(choices) != 1 or type(choices[0]) is not dict:
+        return None
+    get = choices[0].get
+    delta = get("delta")
+    if type(delta) is not dict or len(delta) != 1 or get("index"):
+        return None
+    text = delta.get("content")
+    bare = get("finish_reason") is None and get("logprobs") is None
+    return text if bare and type(text) is str else None
 
 
 def _chat_choice(index: int, fold: _ChoiceFold) -> dict[str, Any]:
