@@ -51,8 +51,8 @@ def _name(value: Any, validate: Callable[[Any], Any]) -> Any:
 
 # What stands beside what was said, in a form that nobody can use, is unknown: an answer that was paid
 # for is not refused for it. A number where a name is due is a name.
-_OrNone = WrapValidator(_or_none)
-_Name = Annotated[str | None, WrapValidator(_name)]
+OrNone = WrapValidator(_or_none)
+Name = Annotated[str | None, WrapValidator(_name)]
 
 
 class FunctionCall(Value):
@@ -74,7 +74,7 @@ class FunctionCall(Value):
 class ToolCall(Value):
     """One call of a tool, in OpenAI's form."""
 
-    id: _Name = None
+    id: Name = None
     type: str | None = "function"
     function: FunctionCall = FunctionCall()  # a custom tool's call has none
 
@@ -224,12 +224,12 @@ class Choice(Value):
 class ChatCompletionResponse(Answer):
     """An answer to `chat_completion`."""
 
-    id: _Name = None
+    id: Name = None
     object: str | None = "chat.completion"
-    created: Annotated[float | None, _OrNone] = None
-    model: _Name = None
+    created: Annotated[float | None, OrNone] = None
+    model: Name = None
     choices: list[Choice]
-    usage: Annotated[TokenUsage | None, _OrNone] = None
+    usage: Annotated[TokenUsage | None, OrNone] = None
 
     @property
     def text(self) -> str:
@@ -255,12 +255,12 @@ class CompletionChoice(Value):
 class CompletionResponse(Answer):
     """An answer to `completion`; with a list of prompts, one choice each, in their order."""
 
-    id: _Name = None
+    id: Name = None
     object: str | None = "text_completion"
-    created: Annotated[float | None, _OrNone] = None
-    model: _Name = None
+    created: Annotated[float | None, OrNone] = None
+    model: Name = None
     choices: list[CompletionChoice]
-    usage: Annotated[TokenUsage | None, _OrNone] = None
+    usage: Annotated[TokenUsage | None, OrNone] = None
 
     @property
     def text(self) -> str:
@@ -275,7 +275,7 @@ class CompletionResponse(Answer):
 class ModelInfo(Value):
     id: str
     object: str | None = "model"
-    created: Annotated[float | None, _OrNone] = None
+    created: Annotated[float | None, OrNone] = None
     owned_by: str | None = None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from io import StringIO
-from typing import Any
+from typing import Annotated, Any
 
 from LLM.errors import (
     LLMAPIError,
@@ -25,6 +25,8 @@ from LLM.types import (
     ChatCompletionResponse,
     CompletionResponse,
     ModelsResponse,
+    Name,
+    OrNone,
     StreamEvent,
     TokenUsage,
     Value,
@@ -261,12 +263,12 @@ def _tool_choice(choice: Any, parallel: Any) -> dict[str, Any] | None:
 class _Native(Value):
     """A message as Anthropic sends it; only what is needed of it is named."""
 
-    id: str | None = None
-    model: str | None = None
-    role: str | None = "assistant"
+    id: Name = None
+    model: Name = None
+    role: Name = "assistant"
     content: list[dict[str, Any]]
-    stop_reason: str | None = None
-    usage: dict[str, Any] | None = None
+    stop_reason: Name = None
+    usage: Annotated[dict[str, Any] | None, OrNone] = None
 
 
 class _NativeModels(Value):
@@ -346,9 +348,9 @@ def usage(native: dict[str, Any] | None) -> TokenUsage | None:
     """Anthropic's counts under our convention: cached tokens are part of the prompt."""
     if not isinstance(native, dict):
         return None
-    fresh, output = native.get("input_tokens"), native.get("output_tokens")
-    read = native.get("cache_read_input_tokens")
-    written = native.get("cache_creation_input_tokens")
+    names = "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens".split()
+    counts = (native.get(name) for name in names)
+    fresh, output, read, written = (n if type(n) is int else None for n in counts)
     prompt = None if fresh is None else fresh + (read or 0) + (written or 0)
     return TokenUsage(
         prompt_tokens=prompt,
@@ -448,6 +450,8 @@ class MessagesDecoder:
             self._usage.update({name: n for name, n in counts.items() if n is not None})
 
     def _start_block(self, index: int, block: dict[str, Any]) -> list[StreamEvent]:
+        if not isinstance(index, int) or not isinstance(block.get("name", ""), str):
+            raise TypeError("a block of odd fields")
         self._blocks[index] = dict(block)
         pieces = self._pieces[index] = StringIO()
         kind = block.get("type")
@@ -485,6 +489,8 @@ class MessagesDecoder:
         return []
 
     def _piece(self, index: int, kind: str) -> StringIO:
+        if not isinstance(index, int):
+            raise TypeError("a block without a number")
         self.progress += 1
         pieces = self._pieces.get(index)
         if pieces is None:  # the block's start was left out

@@ -7,6 +7,7 @@ beside the code that bears with them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from io import StringIO
 from typing import Any
 
@@ -167,7 +168,9 @@ class ChatDecoder:
 
     @property
     def usage(self) -> TokenUsage | None:
-        return TokenUsage.model_validate(self._usage) if isinstance(self._usage, dict) else None
+        with suppress(ValidationError):
+            return TokenUsage.model_validate(self._usage) if self._usage else None
+        return None
 
     @property
     def begun(self) -> bool:
@@ -193,6 +196,8 @@ class ChatDecoder:
             if choices is None:
                 self._raise_if_error(chunk, data)
             return []
+        if not isinstance(choices, list):
+            raise TypeError("choices that are no list")
         text = _only_text(choices)
         if text:
             self._first.text.write(text)
@@ -233,8 +238,9 @@ class ChatDecoder:
         return base.unexpected(self._call, response, f"an event that is {problem}")
 
     def _take_choice(self, choice: dict[str, Any], events: list[StreamEvent]) -> None:
-        index = choice.get("index")
-        index = index if isinstance(index, int) else 0
+        index = choice.get("index") or 0
+        if not isinstance(index, int):
+            raise TypeError("a choice without a number")
         fold = self._choices.get(index)
         if fold is None:
             fold = self._choices[index] = _ChoiceFold()
@@ -251,8 +257,8 @@ class ChatDecoder:
                 continue  # the same under two names (vLLM)
             elif name in ("reasoning_content", "reasoning") and isinstance(value, str):
                 self._take_reasoning(value, fold, heard)
-            elif name == "tool_calls" and isinstance(value, list):
-                self._take_tools(value, fold)
+            elif name == "tool_calls":
+                self._take_tools(value if isinstance(value, list) else [], fold)
             else:
                 _merge(fold.extra, name, value)
         if choice.get("logprobs"):

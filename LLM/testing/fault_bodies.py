@@ -364,7 +364,7 @@ _BODIES = _named(
     _wrong("blocks-text-number", "a block whose text is a number", merged(content=[{"type": "text", "text": 5}]), dialects=MESSAGES_ONLY),
     _wrong("blocks-thinking-number", "thinking that is a number", edited(lambda b: {**b, "content": [{"type": "thinking", "thinking": 5}, *b["content"]]}), dialects=MESSAGES_ONLY),
     _wrong("stop-reason-null", "a stop reason that is null", merged(stop_reason=None), ANSWER, dialects=MESSAGES_ONLY),
-    _wrong("stop-reason-number", "a stop reason that is a number", merged(stop_reason=5), dialects=MESSAGES_ONLY),
+    _wrong("stop-reason-number", "a stop reason that is a number", merged(stop_reason=5), ANSWER, dialects=MESSAGES_ONLY),
     _wrong("tool-without-input", "a tool call without its input", merged(content=[{"type": "tool_use", "id": "1", "name": "f"}], stop_reason="tool_use"), said("", tools=1), dialects=MESSAGES_ONLY),
     _wrong("tool-of-nothing", "a tool call without id and name", merged(content=[{"type": "tool_use"}], stop_reason="tool_use"), said("", tools=1), dialects=MESSAGES_ONLY),
     _wrong("tool-name-number", "a tool call whose name is a number", merged(content=[{"type": "tool_use", "id": "1", "name": 5}], stop_reason="tool_use"), dialects=MESSAGES_ONLY),

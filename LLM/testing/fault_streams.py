@@ -369,7 +369,7 @@ _CHAT_SHAPES = _named(
     _odd("content-null", "a content that is null", ANSWER, delta(content=None)),
     _odd("content-number", "a content that is a number", ANSWER, delta(content=5)),
     _odd("content-object", "a content that is an object", ANSWER, delta(content={"a": 1})),
-    _odd("index-text", "a choice whose index is text", ANSWER, chat_chunk({"index": "a", "delta": {"content": "x"}})),
+    _odd("index-text", "a choice whose index is text", WRONG_LATER, chat_chunk({"index": "a", "delta": {"content": "x"}})),
     _odd("index-list", "a choice whose index is a list", WRONG_LATER, chat_chunk({"index": [1], "delta": {"content": "x"}})),
     _odd("index-other", "text of another choice", ANSWER, chat_chunk({"index": 1, "delta": {"content": "x"}})),
     _odd("fields-unknown", "unknown fields in the delta", ANSWER, delta(brand_new={"a": [1]}, other="x", third=None)),
