@@ -62,6 +62,8 @@ class RawServer:
             pass
 
     def close(self):
+        with suppress(OSError):
+            hang_up(self._listener)  # which wakes who waits for the next connection
         self._listener.close()
         for connection in self._open:
             with suppress(OSError):

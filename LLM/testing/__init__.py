@@ -1,4 +1,4 @@
-"""For tests and offline work: a local server that plays a model's host, and one that misbehaves.
+"""For tests and offline work: servers that play a model's host, rightly or not, recordings, a closed network.
 
 Names are imported when they are first used.
 """
@@ -6,11 +6,28 @@ Names are imported when they are first used.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["FAULTS", "FaultServer", "LocalServer", "Received", "serve"]
+__all__ = [
+    "FAULTS",
+    "CassetteError",
+    "CassetteMiss",
+    "FaultServer",
+    "LocalServer",
+    "NetworkBlocked",
+    "Received",
+    "block_network",
+    "record",
+    "replay",
+    "serve",
+    "use_cassette",
+]
+
+_CASSETTE = ("CassetteError", "CassetteMiss", "record", "replay", "use_cassette")
 
 _MODULES = {
     **dict.fromkeys(__all__, "LLM.testing.server"),
     **dict.fromkeys(("FAULTS", "FaultServer"), "LLM.testing.faults"),
+    **dict.fromkeys(_CASSETTE, "LLM.testing.cassette"),
+    **dict.fromkeys(("NetworkBlocked", "block_network"), "LLM.testing.network"),
 }
 
 
