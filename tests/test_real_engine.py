@@ -4,11 +4,7 @@ The model says nonsense, so nothing here looks at what it says: only at how it i
 a handful of possible answers and temperature 0 keep chance out.
 """
 
-import contextlib
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,8 +18,9 @@ from LLM.errors import (
     LLMServerError,
 )
 from LLM.types import EventType, Message
+from tests.engine.llama_server import LlamaServer
+from tests.engine.tiny_model import write_tiny_model
 
-ENGINE = Path(__file__).with_name("engine")
 KEY = "sk-of-the-engine"
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {
@@ -45,19 +42,8 @@ FREE_TEXT = {"type": "object", "properties": {"a": {"type": "string"}}, "require
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     """One server for each worker that runs a test of this file, and none for the others."""
-    sys.path.insert(0, str(ENGINE))
-    try:
-        llama_server = importlib.import_module("llama_server")
-        tiny_model = importlib.import_module("tiny_model")
-    finally:
-        sys.path.remove(str(ENGINE))
-    model = tiny_model.write_tiny_model(tmp_path_factory.mktemp("engine") / "tiny.gguf")
-    server = llama_server.LlamaServer(model, context=1024, slots=2, api_key=KEY)
-    with contextlib.ExitStack() as running:
-        # Servers of several workers spin for each other's processors: 50 s instead of 5.
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("OMP_THREAD_LIMIT", "1")
-            running.enter_context(server)
+    model = write_tiny_model(tmp_path_factory.mktemp("engine") / "tiny.gguf")
+    with LlamaServer(model, context=1024, slots=2, api_key=KEY) as server:
         yield server
 
 

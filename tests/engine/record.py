@@ -2,7 +2,7 @@
 
 Each file is one response as it came from the socket: status line, headers, body, chunk borders and
 all. Recorded once and kept, for the tests that feed bytes to a dialect. After a change of the
-pinned `xllamacpp` run `python tests/engine/record.py` (a minute) and read the difference; ids,
+pinned `xllamacpp` run `python -m tests.engine.record` (a minute) and read the difference; ids,
 dates and timings always differ, and the rare answers are others of their kind.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from llama_server import LlamaServer
-from tiny_model import write_tiny_model
+from tests.engine.llama_server import LlamaServer
+from tests.engine.tiny_model import write_tiny_model
 
 FOLDER = Path(__file__).parents[1] / "data" / "llamacpp"
 KEY = "k"
