@@ -280,6 +280,15 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port (%(default)s); 0: a free one")
     parser.add_argument(
+        "--gguf",
+        default=None,
+        metavar="FILE",
+        help="serve this model with llama.cpp (extra `local`)",
+    )
+    parser.add_argument(
+        "--context", type=int, default=None, help="tokens of a conversation (the model's own)"
+    )
+    parser.add_argument(
         "--latency", type=float, default=0.0, metavar="SECONDS", help="wait before each answer"
     )
     parser.add_argument(
@@ -717,9 +726,26 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    if args.gguf:
+        return _serve_gguf(args)
     from LLM.testing import serve
 
     serve(args.host, args.port, latency=args.latency, token_delay=args.token_delay)
+    return OK
+
+
+def _serve_gguf(args: argparse.Namespace) -> int:
+    from LLM.engine import serve_gguf
+
+    try:
+        server = serve_gguf(args.gguf, args.host, args.port, context=args.context)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise _Failure(str(error)) from None
+    print(
+        f"Serving {Path(args.gguf).name} at {server.listening_address} (Ctrl-C stops it)",
+        flush=True,
+    )
+    threading.Event().wait()
     return OK
 
 
@@ -1323,7 +1349,7 @@ _COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str, _Options
     ),
     "ask": (_ask, "get one answer", (_add_words, _add_place, _add_wishes, _add_form)),
     "models": (_models, "list the models that a server offers", (_add_place, _add_form)),
-    "serve": (_serve, "run the built-in stand-in model as a server", (_add_listening,)),
+    "serve": (_serve, "run a server here: a stand-in model, or a GGUF file", (_add_listening,)),
     "doctor": (
         _doctor,
         "show what is configured, which keys are set, which servers answer",

@@ -1,9 +1,7 @@
 """What holds for every test: nothing but loopback is reached, and the environment says nothing."""
 
-import ipaddress
 import os
 import re
-import socket
 
 import pytest
 
@@ -23,51 +21,13 @@ def silent_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def is_local(host):
-    """Whether a host never leaves this machine; no host at all is one to listen on."""
-    if isinstance(host, bytes):
-        host = host.decode()
-    if host is None or host in {"", "localhost"} or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-
-
 @pytest.fixture(autouse=True)
-def only_loopback(monkeypatch):
+def only_loopback():
     """Fail a test that reaches for the network, also from a thread or below an `except`."""
-    reached = []
+    from LLM.testing import block_network
 
-    def check(host):
-        if not is_local(host):
-            reached.append(host)
-            pytest.fail(f"the test reached for {host!r}: only loopback is allowed", pytrace=True)
-
-    def guarded_connect(real):
-        def connect(self, address):
-            if self.family in {socket.AF_INET, socket.AF_INET6}:
-                check(address[0])
-            return real(self, address)
-
-        return connect
-
-    def guarded_getaddrinfo(host, *args, **kwargs):
-        # RFC 6761: a name under .invalid never resolves, so there is nobody to ask.
-        if isinstance(host, str) and host.endswith(".invalid"):
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        check(host)
-        return getaddrinfo(host, *args, **kwargs)
-
-    getaddrinfo = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
-    for name in ("connect", "connect_ex"):
-        guarded = guarded_connect(getattr(socket.socket, name))
-        monkeypatch.setattr(socket.socket, name, guarded)
-    yield
-    if reached:
-        pytest.fail(f"the test reached for {reached}: only loopback is allowed", pytrace=False)
+    with block_network():
+        yield
 
 
 @pytest.fixture

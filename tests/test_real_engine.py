@@ -5,10 +5,14 @@ a handful of possible answers and temperature 0 keep chance out.
 """
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
 from LLM import LLM, LLMConfig
+from LLM.cli import main
 from LLM.errors import (
     LLMAuthenticationError,
     LLMContextLengthError,
@@ -276,3 +280,38 @@ def test_generate_answers_and_never_raises(llm):
     assert not failed.success
     assert isinstance(failed.error, LLMContextLengthError)
     assert failed.error_message == str(failed.error)
+
+
+def test_the_command_line_serves_a_model_of_ones_own(tmp_path):
+    model = write_tiny_model(tmp_path / "mine.gguf")
+    command = [
+        sys.executable,
+        "-m",
+        "LLM",
+        "serve",
+        "--gguf",
+        str(model),
+        "--port",
+        "0",
+        "--context=256",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as served:
+        try:
+            url = re.search(r"http://\S+", served.stdout.readline())[0]
+            with LLM(base_url=url, model="mine") as llm:
+                assert [m.id for m in llm.list_models()] == ["mine"]
+                assert (
+                    llm.chat_completion(
+                        [{"role": "user", "content": "Hi"}], max_tokens=3
+                    ).usage.completion_tokens
+                    == 3
+                )
+        finally:
+            served.terminate()
+
+
+def test_a_model_file_that_is_not_there_is_said_in_one_line(capsys):
+    assert main(["serve", "--gguf", "nowhere.gguf"]) == 1
+    assert capsys.readouterr().err == "error: no such model file: nowhere.gguf\n"

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
-SCRIPT = Path(__file__).with_name("serve_gguf.py")
-
 
 class LlamaServer:
     """Context manager: a server that answers when the block begins and is gone when it ends.
@@ -56,7 +54,7 @@ class LlamaServer:
         self.model = alias
         self.url = ""  # http://127.0.0.1:PORT inside the block
         self._start_timeout = start_timeout
-        self._command = [sys.executable, str(SCRIPT), str(model_path), f"--alias={alias}"]
+        self._command = [sys.executable, "-m", "LLM.engine", str(model_path), f"--alias={alias}"]
         self._command += [f"--context={context}", f"--slots={slots}", f"--max-tokens={max_tokens}"]
         if api_key is not None:
             self._command += [f"--api-key={api_key}"]

@@ -15,18 +15,13 @@ pytest_plugins = ["pytester"]
 
 
 @pytest.fixture
-def run(pytester):
-    """Runs pytest in a process of its own, with nothing but this plugin; the entry point may be installed."""
+def run(pytester, monkeypatch):
+    """Runs pytest in a process of its own, with no plugin but this; its entry point may be installed."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def run(*arguments):
         return pytester.runpytest_subprocess(
-            "-p",
-            "LLM.testing.plugin",
-            "-p",
-            "no:randomly",
-            "--strict-markers",
-            "-Werror",
-            *arguments,
+            "-p", "LLM.testing.plugin", "--strict-markers", "-Werror", *arguments
         )
 
     return run
@@ -121,7 +116,7 @@ def test_the_plugin_is_light():
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
-    ours = {"LLM", "LLM.testing", "LLM.testing.plugin"}
+    ours = {"LLM", "LLM.testing", "LLM.testing.plugin", "LLM.version"}
     assert {name for name in ran.stdout.split() if name.partition(".")[0] == "LLM"} == ours
     assert not {"requests", "urllib3", "pydantic", "ssl"} & set(ran.stdout.split())
 

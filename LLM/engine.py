@@ -1,6 +1,6 @@
-"""llama.cpp's own HTTP server on a GGUF file, from the wheel `xllamacpp`, in this process.
+"""llama.cpp's own HTTP server on a GGUF file, from the wheel `xllamacpp` (extra `local`), in this process.
 
-`python serve_gguf.py MODEL.gguf` prints its address in one line, then serves until its standard
+`python -m LLM.engine MODEL.gguf` prints its address in one line, then serves until its standard
 input ends. It is native code: a fault in it ends the process, so nothing that matters to anybody
 else belongs in the same one.
 """
@@ -47,7 +47,12 @@ def serve_gguf(
         FileNotFoundError: there is no such file.
         RuntimeError: the file could not be loaded or the port opened; the log on stderr says why.
     """
-    import xllamacpp  # 100 MB of native code: only for those who serve
+    try:
+        import xllamacpp  # 100 MB of native code: only for those who serve
+    except ImportError:
+        raise RuntimeError(
+            "serving a GGUF file needs xllamacpp: pip install 'requests-llm[local]'"
+        ) from None
 
     path = Path(path)
     if not path.is_file():
@@ -64,6 +69,8 @@ def serve_gguf(
     params.api_keys = [api_key] if api_key else []
     params.use_jinja = True  # the model's own chat template: without it there are no tool calls
     params.ui = False  # an API, no web page
+    # No page of the web may talk to it through a person's browser.
+    params.cors_origins = f"http://{host}:{port}"
     if ping is not None:
         params.sse_ping_interval = ping
     return xllamacpp.Server(params)
