@@ -613,9 +613,6 @@ class Adapter(HTTPAdapter):
         return cls(settings["_pool_connections"], settings["_pool_maxsize"], stock.max_retries)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        context = _system_trust()
-        if context is not None:
-            kwargs.setdefault("ssl_context", context)
         super().init_poolmanager(*args, **kwargs)
         self._pools: dict[Any, Any] = {}
         self.poolmanager.pool_classes_by_scheme = self._POOLS
@@ -630,6 +627,16 @@ class Adapter(HTTPAdapter):
             pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
             self._pools[key] = pool
         return pool
+
+    def build_connection_pool_key_attributes(
+        self, request: PreparedRequest, verify: Any, cert: Any = None
+    ) -> Any:
+        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
+        if verify is True and host["scheme"] == "https":  # else the user has said what to trust
+            context = _system_trust()
+            if context is not None:
+                pool["ssl_context"] = context
+        return host, pool
 
     def build_response(self, req: PreparedRequest, resp: Any) -> requests.Response:
         """The response without cookies, and without a copy of its headers."""

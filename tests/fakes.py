@@ -32,8 +32,9 @@ class RawServer:
     `answer(connection, number)` is called for every request, counted over all connections from 1.
     """
 
-    def __init__(self, answer):
+    def __init__(self, answer, tls=None):
         self.answer = answer
+        self.tls = tls
         self.requests = []
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -54,6 +55,8 @@ class RawServer:
     def _serve(self, connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            if self.tls is not None:
+                connection = self.tls.wrap_socket(connection, server_side=True)
             with connection, connection.makefile("rb") as reader:
                 while (request := read_request(reader)) is not None:
                     self.requests.append(request)

@@ -4,19 +4,24 @@ import gc
 import os
 import signal
 import socket
+import ssl
+import sys
 import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
 import responses
+import trustme
+import vcr
 from requests.adapters import HTTPAdapter
 
 from LLM import LLM, LLMConfig, LLMConnectionError, LLMError, LLMServerError, LLMTimeoutError
 from LLM.transport import WATCHDOG, Adapter, Exchange, is_loopback
-from tests.fakes import CHAT, chunk, hang_up, http, raw_server, stream_head
+from tests.fakes import CHAT, RawServer, chunk, hang_up, http, raw_server, stream_head
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 KEY = "sk-very-secret-0123456789"
@@ -511,3 +516,62 @@ def test_a_key_over_plain_http_to_another_host_is_warned_of_once(monkeypatch, ca
             llm.chat_completion(HELLO)
     said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert said == ["the key goes to model.invalid unencrypted; use https"]
+
+
+@pytest.fixture
+def tls(tmp_path):
+    """A server with a certificate of an authority that nobody knows, and the authority's file."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+
+    def answer(connection, number):
+        connection.sendall(http())
+
+    server = RawServer(answer, context)
+    yield server.url.replace("http:", "https:"), str(tmp_path / "authority.pem")
+    server.close()
+
+
+def test_a_certificate_that_is_not_trusted_names_its_issuer_and_the_setting(tls):
+    url, _ = tls
+    with client(url) as llm, pytest.raises(LLMConnectionError, match=r"trustme.*verify=") as caught:
+        llm.chat_completion(HELLO)
+    assert not caught.value.retriable
+
+
+@pytest.mark.parametrize("how", ["verify", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_an_authority_of_ones_own(tls, monkeypatch, how):
+    url, authority = tls
+    settings = {"verify": authority} if how == "verify" else {}
+    if not settings:
+        monkeypatch.setenv(how, authority)
+    with client(url, **settings) as llm:
+        assert [llm.chat_completion(HELLO).text for _ in range(2)] == ["right", "right"]
+
+
+def test_what_the_operating_system_trusts_counts_if_truststore_is_installed(tls, monkeypatch):
+    url, authority = tls
+
+    def system_context(protocol):
+        context = ssl.SSLContext(protocol)
+        context.load_verify_locations(authority)
+        return context
+
+    monkeypatch.setitem(sys.modules, "truststore", SimpleNamespace(SSLContext=system_context))
+    with client(url) as llm:
+        assert llm.chat_completion(HELLO).text == "right"
+
+
+def test_vcrpy_records_and_replays(server, tmp_path):
+    """Its users' cassettes work with us: it replaces urllib3's connections, and we let it."""
+    film = vcr.VCR(match_on=["method", "path", "body"], filter_headers=["authorization"])
+    cassette = str(tmp_path / "talk.yaml")
+    for mode in ("once", "none"):
+        with film.use_cassette(cassette, record_mode=mode), client(server.url) as llm:
+            assert llm.chat_completion([{"role": "user", "content": "say hi"}]).text == "hi"
+            stream = llm.stream([{"role": "user", "content": "say hi there"}])
+            assert "".join(stream.text_stream) == "hi there"
+    assert len(server.requests) == 2
+    assert KEY not in Path(cassette).read_text(encoding="utf-8")

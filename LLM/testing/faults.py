@@ -440,10 +440,6 @@ def _json(body: bytes) -> Any:
 
 
 _HEAD = """\
----
-orphan: true
----
-
 # Faults
 
 What a call comes to when the server misbehaves. Each row is a test, in each dialect that it names,
