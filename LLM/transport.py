@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import requests
@@ -615,6 +615,7 @@ class Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self._pools: dict[Any, Any] = {}
+        self._trust: ssl.SSLContext | Literal[False] | None = None  # one for all: pools differ by it
         self.poolmanager.pool_classes_by_scheme = self._POOLS
 
     def get_connection_with_tls_context(
@@ -633,9 +634,10 @@ class Adapter(HTTPAdapter):
     ) -> Any:
         host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
         if verify is True and host["scheme"] == "https":  # else the user has said what to trust
-            context = _system_trust()
-            if context is not None:
-                pool["ssl_context"] = context
+            if self._trust is None:
+                self._trust = _system_trust()
+            if self._trust:
+                pool["ssl_context"] = self._trust
         return host, pool
 
     def build_response(self, req: PreparedRequest, resp: Any) -> requests.Response:
@@ -661,12 +663,12 @@ class Adapter(HTTPAdapter):
         return manager
 
 
-def _system_trust() -> ssl.SSLContext | None:
+def _system_trust() -> ssl.SSLContext | Literal[False]:
     """A context that trusts what the operating system does, if `truststore` is installed."""
     try:
         import truststore
     except ImportError:
-        return None
+        return False
     context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return context
 
@@ -709,9 +711,8 @@ class Transport:
     ) -> None:
         self._config = config
         self.given = session
-        self._calls_clock = (
-            clock  # what a call's deadline is measured with; sockets know only the real one
-        )
+        # What a call's deadline is measured with; sockets know only the real one.
+        self._calls_clock = clock
         self._clock = Clock()
         self.closed = False
         self.after_fork()

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
-    "FAULTS",
     "CassetteError",
     "CassetteMiss",
+    "FAULTS",
     "FaultServer",
     "LocalServer",
     "NetworkBlocked",
