@@ -8,7 +8,6 @@ its native blocks in `message.content_blocks`, which are sent back as they were.
 from __future__ import annotations
 
 import json
-from io import StringIO
 from typing import Annotated, Any
 
 from LLM.errors import (
@@ -381,7 +380,7 @@ class MessagesDecoder:
         self._call = call
         self._head: dict[str, Any] = {}
         self._blocks: dict[int, dict[str, Any]] = {}
-        self._pieces: dict[int, StringIO] = {}  # text, thinking or JSON of each block
+        self._pieces: dict[int, base.GrowingText] = {}  # text, thinking or JSON of each block
         self._tools: dict[int, base.PartialToolCall] = {}
         self._usage: dict[str, Any] = {}
         self._stop_reason: str | None = None
@@ -453,7 +452,7 @@ class MessagesDecoder:
         if not isinstance(index, int) or not isinstance(block.get("name", ""), str):
             raise TypeError("a block of odd fields")
         self._blocks[index] = dict(block)
-        pieces = self._pieces[index] = StringIO()
+        pieces = self._pieces[index] = base.GrowingText()
         kind = block.get("type")
         if kind == "tool_use":
             self.progress += 1
@@ -488,14 +487,14 @@ class MessagesDecoder:
             block["citations"] = [*(block.get("citations") or []), delta.get("citation")]
         return []
 
-    def _piece(self, index: int, kind: str) -> StringIO:
+    def _piece(self, index: int, kind: str) -> base.GrowingText:
         if not isinstance(index, int):
             raise TypeError("a block without a number")
         self.progress += 1
         pieces = self._pieces.get(index)
         if pieces is None:  # the block's start was left out
             self._blocks[index] = {"type": kind}
-            pieces = self._pieces[index] = StringIO()
+            pieces = self._pieces[index] = base.GrowingText()
         return pieces
 
     def _stop_block(self, index: int) -> list[StreamEvent]:

@@ -534,6 +534,29 @@ class PartialToolCall:
         return ToolCall.model_validate({**self.extra, "id": self.id, "function": function})
 
 
+class GrowingText:
+    """Text that comes in small pieces, kept in blocks.
+
+    A list of all pieces costs more than the text, and a buffer that grows leaves holes behind.
+    """
+
+    __slots__ = ("_blocks", "_pieces")
+
+    def __init__(self) -> None:
+        self._blocks: list[str] = []
+        self._pieces: list[str] = []
+
+    def write(self, text: str) -> None:
+        pieces = self._pieces
+        pieces.append(text)
+        if len(pieces) >= 512:
+            self._blocks.append("".join(pieces))
+            pieces.clear()
+
+    def getvalue(self) -> str:
+        return "".join((*self._blocks, *self._pieces))
+
+
 def text_event(text: str) -> StreamEvent:
     return StreamEvent(EventType.TEXT_DELTA, TextDelta(text))
 

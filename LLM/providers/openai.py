@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from io import StringIO
 from typing import Any
 
 from pydantic import ValidationError
@@ -144,8 +143,8 @@ class _ChoiceFold:
     __slots__ = ("extra", "finish_reason", "reasoning", "text", "tools")
 
     def __init__(self) -> None:
-        self.text = StringIO()  # grows by the text alone, where a list grows by each piece
-        self.reasoning = StringIO()
+        self.text = base.GrowingText()
+        self.reasoning = base.GrowingText()
         self.tools: dict[Any, base.PartialToolCall] = {}
         self.finish_reason: str | None = None
         self.extra: dict[str, Any] = {}  # fields of the delta that we do not know, folded

@@ -13,10 +13,8 @@ from importlib.metadata import distributions
 folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 walked = [found for folder in folders for found in os.walk(folder)]
 files = [os.path.join(at, name) for at, _, names in walked for name in names]
-# What it takes on disk, as `du` counts: blocks of 512 bytes.
-stats = [os.stat(file) for file in files]
-size = sum(getattr(s, "st_blocks", -(-s.st_size // 4096) * 8) * 512 for s in stats)
-print(len(list(distributions(path=list(folders)))), size)
+# The sizes of the files: what they take on a disk depends on its blocks.
+print(len(list(distributions(path=list(folders)))), sum(os.stat(file).st_size for file in files))
 """
 
 
@@ -40,11 +38,10 @@ FIGURES = (
         installed,
         (
             Measure("packages", "packages it brings along", ""),
-            Measure("bytes", "size on disk", "MB"),
+            Measure("bytes", "size of all files", "MB"),
         ),
         "A fresh environment with nothing but `pip install NAME`: packages besides itself, and the "
-        "space on disk "
-        "of all files, with the byte code that pip writes.",
+        "sizes of all files together, with the byte code that pip writes.",
         (Goal("packages", 10), Goal("bytes", 15e6)),
         clients=tuple(name for name in CLIENTS if name != "http.client"),
         rounds=0,
