@@ -615,7 +615,9 @@ class Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self._pools: dict[Any, Any] = {}
-        self._trust: ssl.SSLContext | Literal[False] | None = None  # one for all: pools differ by it
+        self._trust: ssl.SSLContext | Literal[False] | None = (
+            None  # one for all: pools differ by it
+        )
         self.poolmanager.pool_classes_by_scheme = self._POOLS
 
     def get_connection_with_tls_context(
@@ -1113,13 +1115,15 @@ class _Inflater:
     def feed(self, data: bytes) -> bytes:
         pieces = []
         while data:
+            if self._size > self._limit:  # what came before it has been handed over
+                raise too_large(self._request, self._limit)
             if self._inflate is None:
                 self._inflate = zlib.decompressobj(_window(data))
             out = self._inflate.decompress(data, self._limit - self._size + 1)
             self._size += len(out)
-            if self._size > self._limit:
-                raise too_large(self._request, self._limit)
             pieces.append(out)
+            if self._size > self._limit:
+                break
             data = self._inflate.unconsumed_tail
             if self._inflate.eof and self._inflate.unused_data[:2] == b"\x1f\x8b":
                 # A gzip file may be several, one after the other.

@@ -547,6 +547,8 @@ class GrowingText:
         self._pieces: list[str] = []
 
     def write(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError("a piece of text that is none")
         pieces = self._pieces
         pieces.append(text)
         if len(pieces) >= 512:
