@@ -3,7 +3,14 @@
 import os
 import re
 
+import hypothesis
 import pytest
+
+# No clock over examples: on a machine that is busy with the other workers even making one is slow.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 # What could change which host is called, with which key, or over which network.
 SPEAKING_VARIABLES = re.compile(
