@@ -278,7 +278,9 @@ def _add_plain(parser: argparse.ArgumentParser) -> None:
 
 def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port (%(default)s); 0: a free one")
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="port (%(default)s); 0: a free one"
+    )
     parser.add_argument(
         "--gguf",
         default=None,
@@ -294,6 +296,13 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-delay", type=float, default=0.0, metavar="SECONDS", help="wait between two tokens"
     )
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port: 0 to 65535")
+    return number
 
 
 def _number_or_none(text: str) -> float | None:

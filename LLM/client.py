@@ -55,6 +55,14 @@ class _Options(NamedTuple):
     body: Mapping[str, Any] | None
 
 
+# What a call does not take, though a client does: it would be sent to the server, a key even.
+_OF_THE_CLIENT = frozenset(
+    "api_key api_keys base_url cert config connect_timeout default_headers headers max_response_bytes "
+    "max_retries max_retry_delay on_error pool_size proxies retries retry_delay retry_jitter session "
+    "verify".split()
+)
+
+
 def _check(name: str, check: Callable[[Any], object], value: Any) -> None:
     problem = ""
     try:
@@ -150,6 +158,9 @@ class LLM:
         elif settings:
             config = config.replace(**settings)
         self.config = config
+        if session is not None and not hasattr(session, "get_adapter"):
+            raise TypeError(f"session must be a requests.Session, not {type(session).__name__}")
+        self._owner = True
         self._retries = retries
         self._clock = clock or Clock()
         self._ledger = _Ledger()
@@ -185,7 +196,14 @@ class LLM:
         temperature: float | Unset | None = ...,
         max_tokens: int | Unset | None = ...,
         *,
+        model: str | None = ...,
+        provider: str | None = ...,
+        tools: Sequence[Any] | None = ...,
         stream: Literal[False] = ...,
+        timeout: float | Unset | None = ...,
+        deadline: float | Unset | None = ...,
+        extra_headers: Mapping[str, str] | None = ...,
+        extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
     ) -> ChatCompletionResponse: ...
     @overload
@@ -195,9 +213,33 @@ class LLM:
         temperature: float | Unset | None = ...,
         max_tokens: int | Unset | None = ...,
         *,
+        model: str | None = ...,
+        provider: str | None = ...,
+        tools: Sequence[Any] | None = ...,
         stream: Literal[True],
+        timeout: float | Unset | None = ...,
+        deadline: float | Unset | None = ...,
+        extra_headers: Mapping[str, str] | None = ...,
+        extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
     ) -> Stream: ...
+    @overload
+    def chat_completion(
+        self,
+        messages: Messages,
+        temperature: float | Unset | None = ...,
+        max_tokens: int | Unset | None = ...,
+        *,
+        model: str | None = ...,
+        provider: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        stream: bool,
+        timeout: float | Unset | None = ...,
+        deadline: float | Unset | None = ...,
+        extra_headers: Mapping[str, str] | None = ...,
+        extra_body: Mapping[str, Any] | None = ...,
+        **kwargs: Any,
+    ) -> ChatCompletionResponse | Stream: ...
 
     def chat_completion(
         self,
@@ -253,6 +295,13 @@ class LLM:
         max_tokens: int | Unset | None = UNSET,
         *,
         on_error: OnError = "raise",
+        model: str | None = None,
+        provider: str | None = None,
+        tools: Sequence[Any] | None = None,
+        timeout: float | Unset | None = UNSET,
+        deadline: float | Unset | None = UNSET,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Stream:
         """Ask like `chat_completion`, and get the answer as it comes.
@@ -260,16 +309,28 @@ class LLM:
         Args:
             on_error: `"event"`: a failure, even of the very first attempt, is the stream's last event
                 (`ERROR`) and is not raised.
-            kwargs: everything else that `chat_completion` takes.
+            kwargs: further fields of the body; the other arguments are those of `chat_completion`.
 
         Returns:
             A `Stream` whose first event has come.
         """
         if on_error not in ("raise", "event"):
             raise LLMConfigError(f"on_error is {on_error!r}; it must be 'raise' or 'event'")
+        kwargs.pop("stream", None)  # it is one anyway
         try:
-            stream: Stream = self.chat_completion(
-                messages, temperature, max_tokens, **{**kwargs, "stream": True}
+            stream = self.chat_completion(
+                messages,
+                temperature,
+                max_tokens,
+                model=model,
+                provider=provider,
+                tools=tools,
+                stream=True,
+                timeout=timeout,
+                deadline=deadline,
+                extra_headers=extra_headers,
+                extra_body=extra_body,
+                **kwargs,
             )
         except LLMError as error:
             if on_error == "raise":
@@ -285,7 +346,13 @@ class LLM:
         temperature: float | Unset | None = ...,
         max_tokens: int | Unset | None = ...,
         *,
+        model: str | None = ...,
+        provider: str | None = ...,
         stream: Literal[False] = ...,
+        timeout: float | Unset | None = ...,
+        deadline: float | Unset | None = ...,
+        extra_headers: Mapping[str, str] | None = ...,
+        extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
     ) -> CompletionResponse: ...
     @overload
@@ -295,9 +362,31 @@ class LLM:
         temperature: float | Unset | None = ...,
         max_tokens: int | Unset | None = ...,
         *,
+        model: str | None = ...,
+        provider: str | None = ...,
         stream: Literal[True],
+        timeout: float | Unset | None = ...,
+        deadline: float | Unset | None = ...,
+        extra_headers: Mapping[str, str] | None = ...,
+        extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
     ) -> Stream: ...
+    @overload
+    def completion(
+        self,
+        prompt: str | Sequence[Any],
+        temperature: float | Unset | None = ...,
+        max_tokens: int | Unset | None = ...,
+        *,
+        model: str | None = ...,
+        provider: str | None = ...,
+        stream: bool,
+        timeout: float | Unset | None = ...,
+        deadline: float | Unset | None = ...,
+        extra_headers: Mapping[str, str] | None = ...,
+        extra_body: Mapping[str, Any] | None = ...,
+        **kwargs: Any,
+    ) -> CompletionResponse | Stream: ...
 
     def completion(
         self,
@@ -435,6 +524,8 @@ class LLM:
     def with_options(self, **changes: Any) -> LLM:
         """A client with changed settings over the same pool, counter and last response.
 
+        Closing it closes nothing: the pool belongs to the client that it was made of.
+
         Args:
             changes: settings by name, and `retries`; those of the pool itself (`pool_size`, `verify`,
                 `cert`, `proxies`) cannot change.
@@ -444,9 +535,12 @@ class LLM:
         """
         fixed = sorted({"pool_size", "verify", "cert", "proxies"} & changes.keys())
         if fixed:
-            raise LLMConfigError(f"{', '.join(fixed)} belong to the pool; make a client of its own")
+            raise LLMConfigError(
+                f"the pool is shared: {', '.join(fixed)} cannot change; make a new LLM"
+            )
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other._owner = False
         if "retries" in changes:
             other._retries = changes.pop("retries")
         elif changes.keys() & {"max_retries", "retry_delay", "retry_jitter", "max_retry_delay"}:
@@ -462,6 +556,8 @@ class LLM:
 
     def close(self) -> None:
         """Close all connections, those of abandoned streams too. A later call opens new ones."""
+        if not self._owner:
+            return
         if not self._transport.closed:
             log.info("closed")
         self._transport.close()
@@ -515,6 +611,13 @@ class LLM:
     ) -> Call:
         """What was asked for, checked: left-out arguments take the config's values."""
         config = self.config
+        misplaced = _OF_THE_CLIENT & params.keys()
+        if misplaced:
+            name = min(misplaced)
+            raise LLMConfigError(
+                f"{name} is a setting of the client, not of a call: with_options({name}=…); "
+                "a field of the body by that name goes into extra_body"
+            )
         sampled_by_default = False
         if params.get("temperature") is UNSET:
             params["temperature"] = config.temperature
@@ -533,7 +636,9 @@ class LLM:
                 raise LLMConfigError(f"{name} is {type(mapping).__name__}; it must be a dict")
         if options.headers:
             _check("extra_headers", check_headers, options.headers)
-            headers = {**headers, **options.headers}
+            theirs = {name.lower() for name in options.headers}
+            ours = {n: value for n, value in headers.items() if n.lower() not in theirs}
+            headers = {**ours, **options.headers}
         return Call(
             endpoint=endpoint,
             target=self._target(options.model, options.provider),

@@ -407,6 +407,8 @@ def checked_base_url(url: str) -> str:
         raise ValueError(f"{url!r} has no scheme; write 'http://…' or 'https://…'")
     if not parts.hostname:
         raise ValueError(f"{url!r} names no host")
+    if parts.path.rstrip("/").endswith(("/chat/completions", "/messages")):
+        raise ValueError(f"{url!r} is the address of one call; give what stands before, up to /v1")
     if any(ord(character) <= 32 or ord(character) == 127 for character in url) or port == 0:
         raise ValueError(f"{url!r} is not a URL")
     return url.rstrip("/")
@@ -492,7 +494,7 @@ def _dotenv(path: bool | str | Path) -> dict[str, str]:
         from dotenv import dotenv_values, find_dotenv
     except ImportError:
         raise LLMConfigError(
-            "reading a .env file needs python-dotenv: pip install 'requests-llm[dotenv]'"
+            "reading a .env file needs python-dotenv: pip install python-dotenv"
         ) from None
     file = find_dotenv(usecwd=True) if path is True else str(path)
     if path is not True and not Path(file).is_file():

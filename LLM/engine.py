@@ -50,9 +50,7 @@ def serve_gguf(
     try:
         import xllamacpp  # 100 MB of native code: only for those who serve
     except ImportError:
-        raise RuntimeError(
-            "serving a GGUF file needs xllamacpp: pip install 'requests-llm[local]'"
-        ) from None
+        raise RuntimeError("serving a GGUF file needs xllamacpp: pip install xllamacpp") from None
 
     path = Path(path)
     if not path.is_file():

@@ -80,6 +80,7 @@ class Stream:
     Attributes:
         time_to_first_token: seconds from the call to its first event, waits and failed attempts
             included; `None` if none came.
+        error: what the stream failed with, raised or handed over as an event; `None` so far.
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class Stream:
         self._failure: LLMError | None = None
         self._raise = True
         self._begun = False
+        self._completed = False
         self._said_all = False
         self._answer: Answer | None = None
         self.time_to_first_token: float | None = None
+        self.error: LLMError | None = None
         if source is not None:
             self._call = source.call
             self._provider = source.provider
@@ -144,7 +147,8 @@ class Stream:
         failure, self._failure = self._failure, None
         if failure is None:
             raise StopIteration
-        failure.history = self._info.history
+        if self._source is not None:
+            failure.history = self._info.history
         failure.__context__ = None
         if self._raise:
             raise failure.with_traceback(None)  # the frames below hold what the server said
@@ -163,11 +167,14 @@ class Stream:
     def response(self) -> Any:
         """The whole answer as if it had not been streamed; reads the rest of the stream first.
 
-        Of a stream that failed or was closed, what came of it; `None` if nothing did.
+        Of a stream that failed (see `.error`) or was closed, what came of it; `None` if nothing did.
         """
         for _ in self:
             pass
-        return self._fold()
+        answer = self._fold()
+        if answer is None and self._completed:
+            raise self._not_understood(ValueError())
+        return answer
 
     @property
     def usage(self) -> TokenUsage | None:
@@ -216,6 +223,10 @@ class Stream:
     def record(self, history: tuple[Attempt, ...]) -> None:
         """Note the attempts that the call took."""
         self._info.history = history
+
+    def __repr__(self) -> str:
+        state = "open" if self._source is not None and not self._source.over else "over"
+        return f"<Stream from {self._info.provider}, {state}>"
 
     def __enter__(self) -> Stream:
         return self
@@ -335,6 +346,7 @@ class Stream:
         except base.MALFORMED as error:
             self._fail(self._not_understood(error))
             return
+        self._completed = True
         self._wire.finish()
         self._source.end()
 
@@ -345,7 +357,7 @@ class Stream:
             error.model = error.model or self._call.target.model
             error.request_id = error.request_id or self._info.request_id
             error.history = self._info.history
-        self._failure = error
+        self._failure = self.error = error
         self._end_source()
 
     def _end_source(self) -> None:

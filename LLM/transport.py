@@ -20,6 +20,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -87,6 +88,7 @@ class Exchange:
         "reused",
         "socket",
         "stopped",
+        "timeout",
     )
 
     def __init__(self, deadline_at: float) -> None:
@@ -96,6 +98,7 @@ class Exchange:
         self.stopped: str | None = None  # why: the name of a clock, "cancelled" or "closed"
         self.reused = False  # the connection had served before
         self.answered = False  # a byte of the answer came
+        self.timeout: float | None = None  # seconds, for the message
         self.fresh_only = False  # do not take a pooled connection
         self.socket: Any = None
         self._finished = False
@@ -692,6 +695,11 @@ class _Headers(dict[str, str]):
                 return value
         raise KeyError(name)
 
+    def add(self, name: str, value: str) -> None:
+        """Set a header that is not there yet, under any spelling."""
+        if name not in self and name.lower() not in map(str.lower, self):
+            self[name] = value
+
 
 class Transport:
     """Sends requests over one pooled `requests.Session`; shared by all threads.
@@ -772,6 +780,7 @@ class Transport:
         if call.deadline_at is not None:
             left = call.deadline_at - self._calls_clock.now()
         exchange = Exchange(now + left)
+        exchange.timeout = call.timeout
         if call.timeout is not None:
             exchange.limit(now + call.timeout, clock)
         WATCHDOG.watch(exchange)
@@ -861,8 +870,8 @@ class Transport:
         prepared.method = request.method
         prepared.url = request.url
         headers = _Headers(request.headers)
-        headers.setdefault("User-Agent", _USER_AGENT)
-        headers.setdefault("Accept-Encoding", "identity")
+        headers.add("User-Agent", _USER_AGENT)
+        headers.add("Accept-Encoding", "identity")
         if request.credential is not None and request.key is not None:
             name, prefix = request.credential
             headers[name] = prefix + request.key.get_secret_value()
@@ -873,7 +882,7 @@ class Transport:
         prepared.hooks = {"response": [_no_redirect]}
         if self.given is not None:
             for name, value in self.given.headers.items():
-                headers.setdefault(name, str(value))
+                headers.add(name, str(value))
             prepared.hooks["response"] += self.given.hooks.get("response", [])
         return prepared
 
@@ -899,6 +908,9 @@ class Transport:
             verify = environment_ca_bundle() or True
         self._warn_of_plain_http(request, host)
         cert = config.cert or (self.given.cert if self.given is not None else None)
+        for path in (verify, *(cert if isinstance(cert, tuple) else (cert,))):
+            if isinstance(path, str) and not Path(path).exists():
+                raise LLMConfigError(f"verify or cert names {path!r}, and there is no such file")
         return {"proxies": proxies, "verify": verify, "cert": cert}
 
     def _warn_of_plain_http(self, request: WireRequest, host: str) -> None:
@@ -1190,13 +1202,19 @@ def translate(
         if not stopped and (connecting or unresolved):
             clock = "connect"
         failure = LLMTimeoutError(
-            _TIMEOUTS[clock].format(place=place, connect=connect), clock=clock
+            _TIMEOUTS[clock].format(place=place, connect=connect, timeout=exchange.timeout or 0),
+            clock=clock,
         )
     elif _any(causes, ssl.SSLCertVerificationError):
         failure = LLMConnectionError(
-            f"{place}: its certificate{_issuer(request)} is not trusted ({_reason(root)}); set verify= "
-            "to the CA bundle that knows it, or the variable REQUESTS_CA_BUNDLE",
+            f"{place}: its certificate{_issuer(request, exchange)} is not trusted "
+            f"({_reason(root)}); set verify= to the CA bundle that knows it, or the variable "
+            "REQUESTS_CA_BUNDLE",
             retriable=False,
+        )
+    elif "WRONG_VERSION_NUMBER" in str(getattr(root, "reason", "")):
+        failure = LLMConnectionError(
+            f"{place} does not speak TLS; write http:// if that is meant", retriable=False
         )
     elif _any(causes, urllib3.exceptions.ProxyError):
         failure = LLMConnectionError(f"{place}: the proxy failed ({_says(root)})")
@@ -1226,15 +1244,19 @@ def _reason(error: BaseException) -> str:
     return clean(str(getattr(error, "verify_message", "") or error))[:200]
 
 
-def _issuer(request: WireRequest) -> str:
+def _issuer(request: WireRequest, exchange: Exchange) -> str:
     """Who signed a certificate that is not trusted: it says whether a corporate proxy stands between.
 
     The library does not tell, so the certificate is fetched once more, and nothing is sent.
     """
     parts = urlsplit(request.url)
     address = (parts.hostname or "", parts.port or 443)
+    # Half of what is left, at most a second: it connects, then shakes hands.
+    seconds = min(1.0, (exchange.due - Clock().now()) / 2)
+    if seconds < 0.05:
+        return ""
     with suppress(OSError, ValueError, IndexError):
-        pem = ssl.get_server_certificate(address, timeout=2)
+        pem = ssl.get_server_certificate(address, timeout=seconds)
         names = _der_names(ssl.PEM_cert_to_DER_cert(pem))
         if names:
             return f", issued by {clean(', '.join(names))[:200]!r},"
@@ -1269,8 +1291,8 @@ def _der_names(certificate: bytes) -> list[str]:
 
 _TIMEOUTS = {
     "connect": "{place}: no connection within {connect:.3g} s (connect_timeout)",
-    "timeout": "{place}: no whole answer in time (timeout)",
-    "idle": "{place}: the stream brought no content in time (timeout)",
+    "timeout": "{place}: no whole answer within {timeout:.3g} s (timeout)",
+    "idle": "{place}: the stream brought no content for {timeout:.3g} s (timeout)",
     "deadline": "{place}: the call was not done at its deadline",
 }
 

@@ -216,9 +216,12 @@ class Answer(Value):
 
 
 class Choice(Value):
+    """One answer of a response; `stop_reason` is the native word for `finish_reason`, where there is one."""
+
     index: int = 0
     message: AssistantMessage
     finish_reason: str | None = None
+    stop_reason: Any = None
 
 
 class ChatCompletionResponse(Answer):
@@ -282,7 +285,6 @@ class ModelInfo(Value):
 class ModelsResponse(Answer):
     """An answer to `list_models`."""
 
-    object: str | None = "list"
     data: list[ModelInfo]
 
     def __iter__(self) -> Iterator[ModelInfo]:  # type: ignore[override]  # the models, not the fields
@@ -290,6 +292,12 @@ class ModelsResponse(Answer):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __getitem__(self, index: int) -> ModelInfo:
+        return self.data[index]
+
+    def __contains__(self, model: Any) -> bool:
+        return any(model in (known, known.id) for known in self.data)
 
 
 class EventType(str, Enum):

@@ -590,3 +590,54 @@ def test_wrong_kinds_of_config():
     assert LLM(LLMConfig(model="a"), model="b").config.model == "b"
     assert "gpt-4" in repr(LLM(api_key="sk-secret-1234"))
     assert "sk-secret" not in repr(LLM(api_key="sk-secret-1234"))
+
+
+@pytest.mark.parametrize("name", "api_key base_url headers max_retries on_error".split())
+def test_a_setting_of_the_client_is_not_sent_with_a_call(server, name):
+    """It would go into the body: a key to whatever server is asked."""
+    with client(server) as llm, pytest.raises(LLMConfigError, match="with_options") as caught:
+        llm.chat_completion(HELLO, **{name: "sk-other-1234"})
+    assert "sk-other" not in str(caught.value)
+    assert server.requests == []
+
+
+def test_a_header_is_sent_once_whatever_its_spelling(server):
+    with client(server, default_headers={"user-agent": "mine", "X-A": "1"}) as llm:
+        llm.chat_completion(HELLO, extra_headers={"x-a": "2", "ACCEPT": "*/*"})
+    names = [name.lower() for name, _ in server.requests[0].headers.items()]
+    assert len(names) == len(set(names))
+    sent = server.requests[0].headers
+    assert (sent["user-agent"], sent["x-a"], sent["accept"]) == ("mine", "2", "*/*")
+
+
+def test_closing_a_client_made_of_another_closes_nothing(server):
+    with client(server) as llm:
+        stream = llm.stream([{"role": "user", "content": "count to 50"}])
+        with llm.with_options(timeout=5) as hasty:
+            hasty.chat_completion(HELLO)
+        assert stream.response.text.endswith("50.")
+        assert not llm.closed
+
+
+def test_a_stream_remembers_its_error(server):
+    server.reply(lambda _: {"status": 401})
+    with client(server) as llm:
+        stream = llm.stream(HELLO, on_error="event")
+        assert stream.response is None
+        assert stream.error.status_code == 401
+        assert "over" in repr(stream)
+
+
+def test_models_can_be_looked_for(server):
+    with client(server) as llm:
+        models = llm.list_models()
+    assert "gpt-4" in models
+    assert models[0].id == server.models[0]
+    assert len(models) == len(server.models)
+
+
+def test_a_file_of_certificates_that_is_not_there(server):
+    with client(server, verify="/no/such.pem") as llm, pytest.raises(LLMConfigError, match="such"):
+        llm.chat_completion(HELLO)
+    with pytest.raises(TypeError, match="Session"):
+        LLM(session=3)

@@ -455,7 +455,11 @@ def api_error(
         text = f"redirected to {clean(place)[:200]}, which is not followed; set base_url to it if it is right"
     else:
         text = clean(redact(found.message, call.target.key))[:_MAX_MESSAGE] or "no message"
-    prefix = f"{call.target.host.name}" if in_answer else f"{call.target.host.name} {status}"
+    prefix = call.target.host.name if in_answer else f"{call.target.host.name} {status}"
+    if (
+        status == 404
+    ):  # which of the two is not there, the model or the path, only the address tells
+        prefix += f" at {call.target.base_url}"
     return cls(
         redact(f"{prefix}: {text}", call.target.key),
         status_code=None if in_answer else status,

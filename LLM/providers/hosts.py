@@ -145,7 +145,7 @@ def known_host(name: str) -> Host:
         return COMPATIBLE
     near = get_close_matches(name.lower(), HOSTS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(HOSTS)}"
-    raise LLMConfigError(f"unknown provider {name!r}: {hint}")
+    raise LLMConfigError(f"provider {name!r} is unknown: {hint}")
 
 
 def host_of_model(model: str) -> tuple[Host, str] | None:
