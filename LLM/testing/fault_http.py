@@ -167,7 +167,7 @@ _TLS = _named(
     Fault("tls-close", "closes in the handshake", steps(NEXT, CLOSE), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
     Fault("tls-reset", "resets in the handshake", steps(NEXT, RESET), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
     Fault("tls-alert", "refuses the handshake with an alert", steps(NEXT, b"\x15\x03\x03\x00\x02\x02\x28", CLOSE), BROKEN, BROKEN, stage="connection", certificate="good", trusted=True, requests=0),
-    Fault("tls-plain-http", "speaks plain HTTP on a TLS port", steps(NEXT, head("400 Bad Request", "Content-Length: 0"), CLOSE), replace(UNTRUSTED, says="does not speak TLS"), replace(UNTRUSTED, says="does not speak TLS"), certificate="good", trusted=True, requests=0),
+    Fault("tls-plain-http", "speaks plain HTTP on a TLS port", steps(NEXT, head("400 Bad Request", "Content-Length: 0"), CLOSE), replace(UNTRUSTED, says="does not speak TLS"), replace(UNTRUSTED, says="does not speak TLS"), stage="connection", certificate="good", trusted=True, requests=0),
     Fault("tls-untrusted", "shows a certificate of an unknown authority", steps(right), UNTRUSTED, UNTRUSTED, certificate="good", requests=0),
     Fault("tls-expired", "shows a certificate that has expired", steps(right), UNTRUSTED, UNTRUSTED, certificate="expired", trusted=True, requests=0),
     Fault("tls-other-host", "shows the certificate of another host", steps(right), UNTRUSTED, UNTRUSTED, certificate="other-host", trusted=True, requests=0),
