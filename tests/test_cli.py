@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from LLM import cli
+from LLM.commands import doctor, shared, view
 from LLM.testing import LocalServer
 
 ROOT = Path(__file__).parents[1]
@@ -383,7 +384,7 @@ def test_demo_shows_both_sides_and_what_to_try_next(run):
 @pytest.fixture
 def checkup(run, server, monkeypatch):
     """The doctor's findings when one server runs on a usual port."""
-    monkeypatch.setattr(cli, "_OTHER_PORTS", ((server.port, "mine"),))
+    monkeypatch.setattr(doctor, "_OTHER_PORTS", ((server.port, "mine"),))
 
     def checkup(*argv):
         code, out, err = run("doctor", "--json", "--base-url", server.url, *argv)
@@ -432,7 +433,7 @@ def test_doctor_tells_what_answers(checkup, server, reply, answers, detail):
 
 
 def test_doctor_tells_that_nothing_answers(run, monkeypatch):
-    monkeypatch.setattr(cli, "_OTHER_PORTS", ())
+    monkeypatch.setattr(doctor, "_OTHER_PORTS", ())
     code, out, _ = run("doctor", "--base-url", "http://127.0.0.1:9")
     assert code == 0
     assert re.search(r"answers +no: nothing there\n", out)
@@ -823,7 +824,7 @@ def test_the_commands_of_a_chat_can_be_shown_in_colour(shown, monkeypatch, serve
     ],
 )
 def test_a_block_ends_where_nothing_can_go_on(text, finished):
-    assert cli._split_blocks(text) == (finished, text[len(finished) :])
+    assert view._split_blocks(text) == (finished, text[len(finished) :])
 
 
 def test_the_program_is_called_as_it_can_be_called_from_here(monkeypatch, tmp_path):
@@ -831,6 +832,6 @@ def test_the_program_is_called_as_it_can_be_called_from_here(monkeypatch, tmp_pa
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert cli._me() == ".venv/bin/python -m LLM"
+    assert shared.program() == ".venv/bin/python -m LLM"
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
-    assert cli._me() in ("python -m LLM", "python3 -m LLM")
+    assert shared.program() in ("python -m LLM", "python3 -m LLM")
