@@ -261,9 +261,10 @@ class Stream:
             data = self._begin(data)
         try:
             events = self._framing.feed(data) if data else self._framing.finish()
+            decoder, ready = self._decoder, self._ready
             for name, payload in events:
-                self._ready.extend(self._decoder.feed(name, payload))
-                if self._decoder.ended:
+                ready += decoder.feed(name, payload)
+                if decoder.ended:
                     break
         except EventTooLargeError as error:
             self._fail(LLMResponseError(str(error), **self._origin()))

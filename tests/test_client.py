@@ -444,7 +444,7 @@ def test_thirty_two_threads_share_a_client(server):
     wrong = []
 
     def work(number):
-        for turn in range(20):
+        for turn in range(50):
             word = f"word-{number}-{turn}"
             ask = [{"role": "user", "content": f"say {word}"}]
             said = llm.stream(ask).response.text if turn % 2 else llm.chat_completion(ask).text
@@ -458,7 +458,7 @@ def test_thirty_two_threads_share_a_client(server):
         for thread in threads:
             thread.join()
         assert wrong == []
-        assert llm.get_request_count() == 640
+        assert llm.get_request_count() == 1600
     assert server.connections <= 32
 
 

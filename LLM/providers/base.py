@@ -563,8 +563,11 @@ class GrowingText:
         return "".join((*self._blocks, *self._pieces))
 
 
+_TEXT_DELTA = EventType.TEXT_DELTA  # an enumeration is slow to ask, and this is asked for every token
+
+
 def text_event(text: str) -> StreamEvent:
-    return StreamEvent(EventType.TEXT_DELTA, TextDelta(text))
+    return StreamEvent(_TEXT_DELTA, TextDelta(text))
 
 
 def reasoning_event(text: str) -> StreamEvent:
