@@ -618,9 +618,7 @@ class Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self._pools: dict[Any, Any] = {}
-        self._trust: ssl.SSLContext | Literal[False] | None = (
-            None  # one for all: pools differ by it
-        )
+        self._trust: ssl.SSLContext | Literal[False] | None = None  # None: not looked yet
         self.poolmanager.pool_classes_by_scheme = self._POOLS
 
     def get_connection_with_tls_context(
@@ -634,16 +632,13 @@ class Adapter(HTTPAdapter):
             self._pools[key] = pool
         return pool
 
-    def build_connection_pool_key_attributes(
-        self, request: PreparedRequest, verify: Any, cert: Any = None
-    ) -> Any:
-        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
-        if verify is True and host["scheme"] == "https":  # else the user has said what to trust
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]  # its stubs say nothing
+        if verify is True and conn.scheme == "https":  # else the user has said what to trust
             if self._trust is None:
                 self._trust = _system_trust()
             if self._trust:
-                pool["ssl_context"] = self._trust
-        return host, pool
+                conn.conn_kw["ssl_context"] = self._trust
 
     def build_response(self, req: PreparedRequest, resp: Any) -> requests.Response:
         """The response without cookies, and without a copy of its headers."""

@@ -563,7 +563,9 @@ class GrowingText:
         return "".join((*self._blocks, *self._pieces))
 
 
-_TEXT_DELTA = EventType.TEXT_DELTA  # an enumeration is slow to ask, and this is asked for every token
+_TEXT_DELTA = (
+    EventType.TEXT_DELTA
+)  # an enumeration is slow to ask, and this is asked for every token
 
 
 def text_event(text: str) -> StreamEvent:
