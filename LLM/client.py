@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, cast, overload
 
 from LLM.clock import Clock
@@ -87,11 +86,6 @@ def _nearest(deadline_at: float | None) -> float | None:
 
 def _unpickled(config: LLMConfig, retries: Any) -> LLM:
     return LLM(config, retries=retries)
-
-
-def _is_lazy(messages: object) -> bool:
-    """An iterator, which can be read only once."""
-    return isinstance(messages, Iterator)
 
 
 class _Ledger:
@@ -565,12 +559,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __copy__(self) -> LLM:
@@ -642,7 +631,8 @@ class LLM:
         return Call(
             endpoint=endpoint,
             target=self._target(options.model, options.provider),
-            subject=subject if not _is_lazy(subject) else list(subject),
+            # What can be read only once is read once.
+            subject=list(subject) if isinstance(subject, Iterator) else subject,
             params=params,
             sampled_by_default=sampled_by_default,
             stream=options.stream,

@@ -444,12 +444,12 @@ def checked_positive(value: int | None) -> int | None:
     return value
 
 
-def check_headers(headers: Mapping[str, str], *, credentials: bool = False) -> None:
+def check_headers(headers: Mapping[str, str]) -> None:
     """Raises ValueError for a header that cannot be sent, or may not (never showing its value)."""
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise ValueError(f"header {name!r} must be a str with a str value")
-        if name.lower() in CREDENTIAL_HEADERS and not credentials:
+        if name.lower() in CREDENTIAL_HEADERS:
             raise ValueError(
                 f"may not carry {name!r}; give the key as api_key, where it stays secret"
             )

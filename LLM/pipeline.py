@@ -48,6 +48,9 @@ class Outcome(Protocol):
     def record(self, history: tuple[Attempt, ...]) -> None:
         """Note the attempts that it took."""
 
+    status: int
+    """HTTP status."""
+
     @property
     def request_id(self) -> str | None: ...
 
@@ -55,10 +58,11 @@ class Outcome(Protocol):
 class Done:
     """A response: done when it comes."""
 
-    __slots__ = ("__weakref__", "answer", "request_id")
+    __slots__ = ("__weakref__", "answer", "request_id", "status")
 
-    def __init__(self, answer: Answer, request_id: str | None) -> None:
+    def __init__(self, answer: Answer, status: int, request_id: str | None) -> None:
         self.answer = answer
+        self.status = status
         self.request_id = request_id
 
     def when_done(self, callback: Callable[[TokenUsage | None], None]) -> None:
@@ -132,7 +136,8 @@ def retry(policy: RetryPolicy, quota: RetryQuota, clock: Clock) -> Layer:
                 except LLMError as error:
                     failure = error
                 else:
-                    attempt = Attempt(200, None, waited, clock.now() - begun, outcome.request_id)
+                    seconds = clock.now() - begun
+                    attempt = Attempt(outcome.status, None, waited, seconds, outcome.request_id)
                     outcome.record((*history, attempt))
                     quota.pay_back(paid)
                     return outcome
@@ -207,7 +212,7 @@ def parse_answer(job: Job, response: WireResponse) -> Done:
         raise unexpected(job.call, response, problem) from None
     identity = request_id(response.headers)
     answer.note(provider=job.call.target.host.name, request_id=identity)
-    return Done(answer, identity)
+    return Done(answer, response.status, identity)
 
 
 def _counted(attempts: int) -> str:

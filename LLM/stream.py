@@ -6,7 +6,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Protocol
 
 from LLM.clock import Clock
@@ -104,6 +103,7 @@ class Stream:
             self._provider = source.provider
             self._decoder = source.decoder
             self._wire = source.wire
+            self.status = source.wire.status
             self._framing = SSEDecoder(source.call.max_response_bytes)
             self._finalizer = weakref.finalize(self, source.end)
 
@@ -231,12 +231,7 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _refill(self) -> None:

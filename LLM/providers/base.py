@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -278,7 +279,8 @@ def plain_message(message: Any, index: int) -> dict[str, Any]:
         )
     content = given.get("content")
     if not isinstance(content, (str, list, tuple, type(None))):
-        what = "a number that is not finite" if content != content else type(content).__name__  # noqa: PLR0124 - NaN
+        endless = isinstance(content, float) and not math.isfinite(content)
+        what = "a number that is not finite" if endless else type(content).__name__
         raise LLMConfigError(
             f"messages[{index}].content ({what}) is neither text nor a list of parts"
         )

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from http.client import IncompleteRead
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
@@ -175,12 +174,7 @@ class Recorder(_Cassette):
         self._insert()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._eject()
         for tap in list(self._open):  # of streams that go on: what came so far
             tap.end()
@@ -393,12 +387,7 @@ class Player(_Cassette):
         self._insert()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self._eject()
         # A thread, or an `except Exception` of the program's, may have swallowed it.
         if self.misses and error is None:

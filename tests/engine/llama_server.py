@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import urlsplit
 
 
@@ -92,12 +91,7 @@ class LlamaServer:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()  # nothing to save: its state is the model file, which it only reads
         self._process.communicate()
         self._folder.cleanup()
