@@ -727,6 +727,9 @@ def test_ctrl_c_stops_a_wait_and_the_next_question_is_the_first():
             time.sleep(0.01)
         person.type("\x03")
         person.wait_for("(stopped)")
+        person.wait_for(
+            "> "
+        )  # typed before it, a Ctrl-D would fall between two modes of the terminal
         person.type("again\n")
         person.wait_for("again")
         person.wait_for("> ")
