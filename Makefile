@@ -4,7 +4,7 @@
 # What .venv is made with, and .venv-lowest: pydantic 2.0 has wheels up to Python 3.11.
 PYTHON ?= python3
 LOWEST_PYTHON ?= $(shell for p in python3.10 python3.11; do $$p -c '' 2>/dev/null && echo $$p && exit; done; echo $(PYTHON))
-# More arguments for demo, test, test-lowest and bench.
+# More arguments for demo, demo-budget, test, test-lowest and bench.
 ARGS ?=
 
 PY := .venv/bin/python
@@ -25,6 +25,9 @@ install: .venv/dev  ## make .venv with everything for development
 
 demo: .venv/core  ## a short streamed talk, through a local server
 	@$(PY) -m LLM demo $(ARGS)
+
+demo-budget: .venv/core  ## 200 calls, paced, budgeted, cached and reported, through a local server
+	@$(PY) -m LLM demo budget $(ARGS)
 
 test: .venv/dev  ## run all tests, then ask for 95 % branch coverage
 	@$(PY) -m coverage erase
@@ -80,5 +83,5 @@ clean:  ## remove all that these targets made
 	@echo 'installing the oldest:' `cat .venv-lowest/floors.txt`; .venv-lowest/bin/python $(PIP) --constraint .venv-lowest/floors.txt --only-binary pydantic-core --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test cover lint format docs bench test-lowest soak clean
+.PHONY: help install demo demo-budget test cover lint format docs bench test-lowest soak clean
 .DELETE_ON_ERROR:

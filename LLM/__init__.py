@@ -80,9 +80,28 @@ if TYPE_CHECKING:
     from LLM.errors import (
         classify_error as classify_error,
     )
+    from LLM.policies.budget import Budget as Budget
+    from LLM.policies.cache import ResponseCache as ResponseCache
+    from LLM.policies.fallback import FallbackPolicy as FallbackPolicy
+    from LLM.policies.ratelimit import RateLimitConfig as RateLimitConfig
+    from LLM.policies.ratelimit import RateLimiter as RateLimiter
+    from LLM.policies.ratelimit import TokenAwareRateLimiter as TokenAwareRateLimiter
     from LLM.policies.retry import RetryPolicy as RetryPolicy
     from LLM.policies.retry import retry_with_backoff as retry_with_backoff
+    from LLM.policies.spending import Spending as Spending
+    from LLM.policies.usage import ModelUsage as ModelUsage
+    from LLM.policies.usage import UsageTotals as UsageTotals
+    from LLM.prices import Price as Price
     from LLM.stream import Stream as Stream
+    from LLM.telemetry import AttemptFailed as AttemptFailed
+    from LLM.telemetry import CallFinished as CallFinished
+    from LLM.telemetry import CallStarted as CallStarted
+    from LLM.telemetry import Waited as Waited
+    from LLM.telemetry import audit as audit
+    from LLM.tokens import TokenCount as TokenCount
+    from LLM.tokens import context_window as context_window
+    from LLM.tokens import count_tokens as count_tokens
+    from LLM.tracing import otel as otel
     from LLM.types import (
         UNSET as UNSET,
     )
@@ -91,6 +110,9 @@ if TYPE_CHECKING:
     )
     from LLM.types import (
         Choice as Choice,
+    )
+    from LLM.types import (
+        Comparison as Comparison,
     )
     from LLM.types import (
         CompletionChoice as CompletionChoice,
@@ -158,12 +180,23 @@ _MODULES = {
         "LLMTimeoutError",
         "classify_error",
     ),
+    "LLM.policies.budget": ("Budget",),
+    "LLM.policies.cache": ("ResponseCache",),
+    "LLM.policies.fallback": ("FallbackPolicy",),
+    "LLM.policies.ratelimit": ("RateLimitConfig", "RateLimiter", "TokenAwareRateLimiter"),
+    "LLM.policies.spending": ("Spending",),
+    "LLM.policies.usage": ("ModelUsage", "UsageTotals"),
+    "LLM.prices": ("Price",),
+    "LLM.telemetry": ("AttemptFailed", "CallFinished", "CallStarted", "Waited", "audit"),
+    "LLM.tokens": ("TokenCount", "context_window", "count_tokens"),
     "LLM.policies.retry": ("RetryPolicy", "retry_with_backoff"),
     "LLM.stream": ("Stream",),
+    "LLM.tracing": ("otel",),
     "LLM.types": (
         "UNSET",
         "ChatCompletionResponse",
         "Choice",
+        "Comparison",
         "CompletionChoice",
         "CompletionResponse",
         "EventType",

@@ -1,4 +1,4 @@
-"""The command line: `python -m LLM chat`, `ask`, `models`, `serve`, `doctor` and `demo`."""
+"""The command line: `python -m LLM chat`, `ask`, `compare`, `models`, `usage` and the others."""
 
 # The client, the server and rich are imported where they are used: `--help` needs none of them. What is
 # handed on between functions is therefore `Any` where it is a client, a config or a response.
@@ -15,27 +15,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from LLM.commands.chat import chat
+from LLM.commands.compare import compare
+from LLM.commands.demo import DEMOS, demo
 from LLM.commands.doctor import doctor
 from LLM.commands.shared import (
     FAILED,
     INTERRUPTED,
     OK,
-    READING_PACE,
     USAGE,
-    Answer,
     Failure,
-    Said,
     as_json,
     connected,
     print_answer,
     program,
+    question,
     show_answer,
     user,
     with_system,
 )
+from LLM.commands.usage import first_day, usage
 from LLM.commands.view import clean, complain, one_line, screen_for
 from LLM.errors import LLMConfigError, LLMError
 from LLM.providers.hosts import ENVIRONMENT_HOSTS, HOSTS
@@ -224,6 +225,23 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
 def _add_place(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which model")
     group.add_argument("-m", "--model", metavar="NAME", help="model, or provider/model")
+    _add_address(group)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which models")
+    group.add_argument(
+        "-m",
+        "--model",
+        dest="models",
+        action="append",
+        metavar="NAME",
+        help="model, or provider/model; once for each",
+    )
+    _add_address(group)
+
+
+def _add_address(group: Any) -> None:
     group.add_argument("--base-url", metavar="URL", help="where the API is served")
     group.add_argument("--provider", metavar="NAME", help=f"one of {', '.join(HOSTS)}")
     group.add_argument(
@@ -235,6 +253,10 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest wait for the first and between two pieces of the answer; 'none' for no limit",
     )
+    _add_env(group)
+
+
+def _add_env(group: Any) -> None:
     group.add_argument("--dotenv", action="store_true", help="also read the nearest .env file")
     group.add_argument("--env-file", metavar="FILE", help="also read this .env file")
 
@@ -288,6 +310,74 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        default=None,
+        metavar="FILE",
+        help="where calls were written down: a path, or sqlite:///path (LLM_USAGE_STORE)",
+    )
+    parser.add_argument(
+        "--since",
+        type=first_day,
+        default=None,
+        metavar="DAY",
+        help="the first day, 2026-11-01, or the last days, 7d; today is one of them",
+    )
+    parser.add_argument(
+        "--by",
+        type=_one_of("day", "model", "both"),
+        default="both",
+        metavar="WHAT",
+        help="a line for each day, model, or both (%(default)s)",
+    )
+    _add_env(parser)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "which",
+        nargs="?",
+        type=_one_of(*DEMOS),
+        default=next(iter(DEMOS)),
+        metavar="WHICH",
+        help="; ".join(f"{name}: {about}" for name, (_, about) in DEMOS.items()),
+    )
+    group = parser.add_argument_group("budget")
+    group.add_argument(
+        "--calls", type=_above_zero(int), default=200, metavar="N", help="%(default)s"
+    )
+    group.add_argument(
+        "--seconds",
+        type=_above_zero(float),
+        default=12.0,
+        metavar="S",
+        help="about how long it takes (%(default)s)",
+    )
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if text not in names:
+            near = get_close_matches(text, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise argparse.ArgumentTypeError(f"{text!r} is none; {hint}")
+        return text
+
+    return checked
+
+
+def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def checked(text: str) -> float:
+        with suppress(ValueError):
+            number = kind(text)
+            if 0 < number < 1e6:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is no such number above 0")
+
+    return checked
+
+
 def _port(text: str) -> int:
     number = int(text)
     if not 0 <= number <= 65535:
@@ -308,22 +398,13 @@ def _number_or_none(text: str) -> float | None:
 
 
 def _ask(args: argparse.Namespace) -> int:
-    messages = with_system(getattr(args, "system", None), [user(_question(args))])
+    messages = with_system(getattr(args, "system", None), [user(question(args))])
     with connected(args) as client:
         if args.json:
             print_answer(client, messages)
         else:
             show_answer(client, messages, screen_for(args))
     return OK
-
-
-def _question(args: argparse.Namespace) -> str:
-    """The words of the command line, after what is piped in (a long text goes before its question)."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
-    question = "\n\n".join(filter(None, (piped, " ".join(args.words).strip())))
-    if not question:
-        args.parser.error(f'nothing to ask; write {program()} ask "…", or pipe a text in')
-    return question
 
 
 # models, serve
@@ -363,63 +444,6 @@ def _serve_gguf(args: argparse.Namespace) -> int:
     return OK
 
 
-# demo
-
-_DEMO_QUESTIONS = (
-    "Hello, my name is Ada. What is 5 x 3?",
-    "Now divide that by 3. And what is my name?",
-)
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from LLM.client import LLM
-    from LLM.testing import LocalServer
-
-    screen = screen_for(args)
-    screen.say("A talk with a stand-in model, through a server on this machine.", "dim")
-    said: list[Said] = []
-    with (
-        LocalServer(token_delay=READING_PACE) as server,
-        LLM(base_url=server.url, model=server.models[0]) as client,
-    ):
-        for question in _DEMO_QUESTIONS:
-            screen.say(f"\n> {question}", "bold")
-            said.append(user(question))
-            answer = show_answer(client, said, screen)
-            said.append({"role": "assistant", "content": answer.text})
-            screen.say(f"({_measured(answer)})", "dim")
-    screen.say(_next_steps())
-    return OK
-
-
-def _measured(answer: Answer) -> str:
-    usage = answer.response.usage
-    first = "" if answer.first_token is None else f"first token after {_ms(answer.first_token)}, "
-    tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-    read, written = ("?" if count is None else count for count in tokens)
-    return f"{first}{read} tokens in, {written} out"
-
-
-def _ms(seconds: float) -> str:
-    milliseconds = seconds * 1000
-    return f"{milliseconds:.1f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
-
-
-def _next_steps() -> str:
-    me = program()
-    host = HOSTS[ENVIRONMENT_HOSTS[0]]
-    own = next(host.name for host in HOSTS.values() if not host.key_variables)
-    steps = [
-        (f"{me} chat --local", "talk to the stand-in yourself"),
-        (f"{me} chat --model {own}/llama3.2", "talk to a model that runs on this machine"),
-        (f"{host.key_variables[0]}=… {me} chat", "talk to a hosted one"),
-        (f"{me} doctor", "see what is set up here"),
-    ]
-    width = max(len(command) for command, _ in steps)
-    lines = [f"  {command:{width}}  {about}" for command, about in steps]
-    return "\n".join(["\nThat worked. Next:", *lines])
-
-
 _Options = tuple[Callable[[argparse.ArgumentParser], None], ...]
 _COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str, _Options]] = {
     "chat": (
@@ -428,6 +452,11 @@ _COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str, _Options
         (_add_place, _add_wishes, _add_form),
     ),
     "ask": (_ask, "get one answer", (_add_words, _add_place, _add_wishes, _add_form)),
+    "compare": (
+        compare,
+        "ask several models the same, side by side",
+        (_add_words, _add_places, _add_wishes, _add_form),
+    ),
     "models": (_models, "list the models that a server offers", (_add_place, _add_form)),
     "serve": (_serve, "run a server here: a stand-in model, or a GGUF file", (_add_listening,)),
     "doctor": (
@@ -435,5 +464,6 @@ _COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str, _Options
         "show what is configured, which keys are set, which servers answer",
         (_add_place, _add_form),
     ),
-    "demo": (_demo, "watch a short talk with the stand-in model", (_add_plain,)),
+    "usage": (usage, "show what was spent, by day and model", (_add_report, _add_form)),
+    "demo": (demo, "watch the stand-in model at work, on this machine", (_add_demo, _add_plain)),
 }

@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, cast, overload
+from contextvars import ContextVar, copy_context
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 from LLM.clock import Clock
 from LLM.config import (
@@ -19,17 +20,43 @@ from LLM.config import (
 )
 from LLM.errors import LLMConfigError, LLMError
 from LLM.forks import renew_after_fork
-from LLM.pipeline import Done, Job, build_pipeline, observe, retry
+from LLM.pipeline import (
+    Done,
+    Job,
+    Layer,
+    afford,
+    build_pipeline,
+    exchange,
+    fall_back,
+    observe,
+    pace,
+    place_of,
+    remember,
+    retry,
+)
+from LLM.policies.budget import Budget, active_budgets, enter, leave
+from LLM.policies.cache import ResponseCache
+from LLM.policies.fallback import FallbackPolicy
+from LLM.policies.ratelimit import RateLimiter
 from LLM.policies.retry import RetryPolicy, RetryQuota, as_policy
+from LLM.policies.spending import Spending
+from LLM.policies.usage import UsageTotals
+from LLM.prices import Price, Pricing
 from LLM.providers.base import Call, Target
-from LLM.providers.targets import address, find_target, provider_of
+from LLM.providers.hosts import known_host
+from LLM.providers.targets import address, fallback_target, find_target, provider_of
 from LLM.stream import Stream
+from LLM.telemetry import Hook, Hooks, logging_hook
+from LLM.tokens import TokenCount, TokenEstimator, context_window
 from LLM.transport import Transport
 from LLM.types import (
     UNSET,
     Answer,
+    CallInfo,
     ChatCompletionResponse,
+    Comparison,
     CompletionResponse,
+    Ending,
     Message,
     ModelsResponse,
     Reply,
@@ -40,6 +67,8 @@ log = logging.getLogger("LLM")
 
 Messages = Iterable[Message | Mapping[str, Any]]
 OnError = Literal["raise", "event"]
+CacheMode = Literal["on", "read", "refresh", "off"]
+_CACHE_MODES = get_args(CacheMode)
 
 
 class _Options(NamedTuple):
@@ -52,12 +81,14 @@ class _Options(NamedTuple):
     deadline: float | Unset | None
     headers: Mapping[str, str] | None
     body: Mapping[str, Any] | None
+    cache: str = "on"
 
 
 # What a call does not take, though a client does: it would be sent to the server, a key even.
 _OF_THE_CLIENT = frozenset(
-    "api_key api_keys base_url cert config connect_timeout default_headers headers max_response_bytes "
-    "max_retries max_retry_delay on_error pool_size proxies retries retry_delay retry_jitter session "
+    "api_key api_keys base_url budget cert config connect_timeout default_headers fallbacks headers hooks "
+    "max_response_bytes max_retries max_retry_delay on_error pool_size price proxies rate_limiter "
+    "requests_per_minute retries retry_delay retry_jitter session tokens_per_minute usage_store "
     "verify".split()
 )
 
@@ -84,15 +115,22 @@ def _nearest(deadline_at: float | None) -> float | None:
     return min(outer, deadline_at)
 
 
-def _unpickled(config: LLMConfig, retries: Any) -> LLM:
-    return LLM(config, retries=retries)
+def _unpickled(config: LLMConfig, retries: Any, fallbacks: Any = None) -> LLM:
+    return LLM(config, retries=retries, fallbacks=fallbacks)
+
+
+# Those that hold a state or a function of this process: a pickle would lose it silently.
+_NOT_PICKLED = ("rate_limiter", "budget", "cache", "hooks", "price", "usage_store")
 
 
 class _Ledger:
     """What a client counts and remembers; shared by the clients made `with_options` of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.quota = RetryQuota()
+        self.totals = UsageTotals(clock=clock)
+        self.estimator = TokenEstimator()
+        self.budgets: tuple[Budget, ...] = ()  # of the open `with llm.budget(…)` blocks
         self.after_fork()
         self.reset()
         renew_after_fork(self)
@@ -109,6 +147,14 @@ class _Ledger:
         with self._lock:
             self.calls += 1
 
+    def open(self, budget: Budget) -> None:
+        with self._lock:
+            self.budgets = (*self.budgets, budget)
+
+    def close(self, budget: Budget) -> None:
+        with self._lock:
+            self.budgets = tuple(other for other in self.budgets if other is not budget)
+
     def note(self, outcome: Done | Stream | None) -> None:
         if outcome is not None:
             self._last.answer = outcome.answer if isinstance(outcome, Done) else outcome
@@ -117,6 +163,102 @@ class _Ledger:
     def last(self) -> Answer | None:
         found = getattr(self._last, "answer", None)
         return found.response if isinstance(found, Stream) else found
+
+
+def _as_messages(messages_or_text: Any) -> Any:
+    if isinstance(messages_or_text, str):
+        return [{"role": "user", "content": messages_or_text}]
+    return messages_or_text
+
+
+def _retry_policy(given: Any, config: LLMConfig, _: Clock) -> RetryPolicy:
+    if given is not None:
+        return as_policy(given)
+    return RetryPolicy(
+        config.max_retries,
+        delay=config.retry_delay,
+        jitter=config.retry_jitter,
+        max_delay=config.max_retry_delay,
+    )
+
+
+def _limiter(given: Any, config: LLMConfig, clock: Clock) -> Any:
+    """From a target to its limiter; `None` without any."""
+    if isinstance(given, RateLimiter):
+        return lambda _: given
+    if isinstance(given, Mapping):
+        for name, limiter in given.items():
+            if known_host(name) and not isinstance(limiter, RateLimiter):
+                raise LLMConfigError(f"rate_limiter[{name!r}] is not a RateLimiter")
+        return lambda target: given.get(target.host.name)
+    if given is not None:
+        raise LLMConfigError(f"rate_limiter is {given!r}; give a RateLimiter, or one by provider")
+    requests, tokens = config.requests_per_minute, config.tokens_per_minute
+    if requests is None and tokens is None:
+        return None
+    limiters: dict[str, RateLimiter] = {}
+
+    def of_address(target: Target) -> RateLimiter:
+        found = limiters.get(target.base_url)
+        if found is None:  # of two threads that come here at once, one's is kept
+            new = RateLimiter(requests, tokens, clock=clock)
+            found = limiters.setdefault(target.base_url, new)
+        return found
+
+    return of_address
+
+
+def _fallbacks(given: Any, config: LLMConfig, clock: Clock) -> Any:
+    """The policy, and the target of each fallback; `None` without any."""
+    if given is None:
+        return None
+    policy = given if isinstance(given, FallbackPolicy) else None
+    choices = given.models if policy else given
+    if isinstance(choices, (str, LLMConfig)) or not isinstance(choices, Iterable):
+        raise LLMConfigError(f"fallbacks is {choices!r}; give a list of models")
+    found = [fallback_target(config, choice) for choice in choices]
+    targets = {place_of(target): target for target in found}
+    names = [place.name for place in targets]
+    return policy or FallbackPolicy(names, window=context_window, clock=clock), targets
+
+
+def _made(kind: type[Any], name: str, *values: type[Any]) -> Callable[[Any, LLMConfig, Clock], Any]:
+    """What makes a policy of the value that stands for it; an object is taken as it is."""
+
+    def make(given: Any, _: LLMConfig, clock: Clock) -> Any:
+        if given is None or isinstance(given, kind):
+            return given
+        if isinstance(given, (str, *values)):
+            return kind(given, clock=clock)
+        raise LLMConfigError(f"{name} is {type(given).__name__}; give a {kind.__name__}")
+
+    return make
+
+
+def _hooks(given: Any, *_: Any) -> tuple[Hook, ...]:
+    hooks = () if given is None else (given,) if callable(given) else tuple(given)
+    for hook in hooks:
+        if not callable(hook):
+            raise LLMConfigError(f"hooks holds {hook!r}, which is not a function")
+    return Hooks((logging_hook, *hooks))
+
+
+# What makes each policy, from what was given as an object and from the config.
+_MAKERS: Mapping[str, Callable[[Any, LLMConfig, Clock], Any]] = {
+    "retries": _retry_policy,
+    "rate_limiter": _limiter,
+    "budget": _made(Budget, "budget", int, float, Decimal),
+    "cache": _made(ResponseCache, "cache"),
+    "fallbacks": _fallbacks,
+    "hooks": _hooks,
+    "price": lambda given, *_: Pricing(given),
+    "usage_store": _made(Spending, "usage_store"),
+}
+# The settings that a policy is made of, beside the one of its own name.
+_POLICY_OF = {
+    **dict.fromkeys(("max_retries", "retry_delay", "retry_jitter", "max_retry_delay"), "retries"),
+    **dict.fromkeys(("requests_per_minute", "tokens_per_minute"), "rate_limiter"),
+}
 
 
 class LLM:
@@ -130,6 +272,14 @@ class LLM:
             authentication, cookies and redirects are not, and `close()` does not close it.
         retries: a `RetryPolicy`, or any `urllib3.util.Retry`, in place of the config's retry settings.
         clock: for tests: what tells the time and sleeps between attempts.
+        rate_limiter: a `RateLimiter`, which other clients may share, or one for each provider, by name.
+        budget: a `Budget`, or US dollars: what the client may spend in all.
+        cache: a `ResponseCache`, or the address of one.
+        fallbacks: models (`"provider/model"`, or an `LLMConfig` for a server of your own) to ask, in
+            this order, when the first one cannot answer; or a `FallbackPolicy`.
+        hooks: functions that get an event when a call starts, waits, fails or ends.
+        price: a `Price` for all models, or one for each, by name; beats the data of the extra `cost`.
+        usage_store: a `Spending`, or the address of one: where what was spent is written down.
         settings: settings by name, as shortcuts: `LLM(model="openai/gpt-4o")`; they beat the config's.
 
     Raises:
@@ -143,6 +293,13 @@ class LLM:
         session: Any = None,
         retries: Any = None,
         clock: Clock | None = None,
+        rate_limiter: RateLimiter | Mapping[str, RateLimiter] | None = None,
+        budget: Budget | Decimal | float | str | None = None,
+        cache: ResponseCache | str | None = None,
+        fallbacks: FallbackPolicy | Sequence[str | LLMConfig] | None = None,
+        hooks: Sequence[Hook] | Hook = (),
+        price: Price | Mapping[str, Price] | None = None,
+        usage_store: Spending | str | None = None,
         **settings: Any,
     ) -> None:
         if config is None:
@@ -155,32 +312,46 @@ class LLM:
         if session is not None and not hasattr(session, "get_adapter"):
             raise TypeError(f"session must be a requests.Session, not {type(session).__name__}")
         self._owner = True
-        self._retries = retries
         self._clock = clock or Clock()
-        self._ledger = _Ledger()
+        self._ledger = _Ledger(self._clock)
         self._transport = Transport(config, self._clock, session)
-        self._assemble()
+        self._given: dict[str, Any] = {
+            "retries": retries,
+            "rate_limiter": rate_limiter,
+            "budget": budget,
+            "cache": cache,
+            "fallbacks": fallbacks,
+            "hooks": hooks or None,
+            "price": price,
+            "usage_store": usage_store,
+        }
+        self._policies: dict[str, Any] = {}
+        self._equip(self._given)
         where = find_target(config)
         log.info("client created: %s at %s", where.host.name, address(where))
 
-    def _assemble(self) -> None:
-        config, clock = self.config, self._clock
-        policy = (
-            as_policy(self._retries)
-            if self._retries is not None
-            else RetryPolicy(
-                config.max_retries,
-                delay=config.retry_delay,
-                jitter=config.retry_jitter,
-                max_delay=config.max_retry_delay,
-            )
-        )
+    def _equip(self, names: Iterable[str]) -> None:
+        """Make these policies, from what was given and from the config, and build the pipeline of all."""
+        for name in names:
+            given = self._given[name]
+            if given is None and name in LLMConfig.model_fields:
+                given = getattr(self.config, name) or None
+            self._policies[name] = _MAKERS[name](given, self.config, self._clock)
+        clock, policies = self._clock, self._policies
+        hooks, prices = policies["hooks"], policies["price"]
+        limiter, fallbacks = policies["rate_limiter"], policies["fallbacks"]
         # The order of the journey, outermost first.
-        layers = (
-            observe(clock, self._ledger.note),
-            retry(policy, self._ledger.quota, clock),
+        layers: list[Layer | None] = [
+            observe(clock, hooks, prices, self._note),
+            fallbacks and fall_back(fallbacks[0], fallbacks[1], self._prepare),
+            policies["cache"] and remember(policies["cache"], clock, hooks),
+            retry(policies["retries"], self._ledger.quota, clock, hooks),
+            afford(self._budgets, prices, self._count),
+            limiter and pace(limiter, clock, hooks),
+        ]
+        self._handle = build_pipeline(
+            exchange(self._transport, clock), [layer for layer in layers if layer is not None]
         )
-        self._handle = build_pipeline(self._transport, clock, layers)
         self._targets: dict[tuple[str | None, str | None], Target] = {}
 
     @overload
@@ -196,6 +367,7 @@ class LLM:
         stream: Literal[False] = ...,
         timeout: float | Unset | None = ...,
         deadline: float | Unset | None = ...,
+        cache: CacheMode = ...,
         extra_headers: Mapping[str, str] | None = ...,
         extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
@@ -213,6 +385,7 @@ class LLM:
         stream: Literal[True],
         timeout: float | Unset | None = ...,
         deadline: float | Unset | None = ...,
+        cache: CacheMode = ...,
         extra_headers: Mapping[str, str] | None = ...,
         extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
@@ -230,6 +403,7 @@ class LLM:
         stream: bool,
         timeout: float | Unset | None = ...,
         deadline: float | Unset | None = ...,
+        cache: CacheMode = ...,
         extra_headers: Mapping[str, str] | None = ...,
         extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
@@ -247,6 +421,7 @@ class LLM:
         stream: bool = False,
         timeout: float | Unset | None = UNSET,
         deadline: float | Unset | None = UNSET,
+        cache: CacheMode = "on",
         extra_headers: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -265,6 +440,8 @@ class LLM:
             timeout: seconds for one attempt, or between two events; left out: the config's; `None`:
                 no limit.
             deadline: seconds for the whole call; left out: the config's; `None`: no limit.
+            cache: of a client with a cache: `"on"`; `"read"`: use a kept answer, keep none;
+                `"refresh"`: ask anew and keep the answer; `"off"`.
             extra_headers: added to the request; may not carry a credential.
             extra_body: fields put into the body as they are, over everything else.
             kwargs: further fields of the body (`top_p=…`, `stop=…`, `seed=…`); `None` leaves one out.
@@ -277,7 +454,9 @@ class LLM:
             LLMError: it failed, after the retries that could help; `.history` tells of each attempt.
         """
         params = {"temperature": temperature, "max_tokens": max_tokens, "tools": tools, **kwargs}
-        options = _Options(model, provider, stream, timeout, deadline, extra_headers, extra_body)
+        options = _Options(
+            model, provider, stream, timeout, deadline, extra_headers, extra_body, cache
+        )
         return cast(
             "ChatCompletionResponse | Stream", self._call("chat", messages, params, options)
         )
@@ -294,6 +473,7 @@ class LLM:
         tools: Sequence[Any] | None = None,
         timeout: float | Unset | None = UNSET,
         deadline: float | Unset | None = UNSET,
+        cache: CacheMode = "on",
         extra_headers: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -322,6 +502,7 @@ class LLM:
                 stream=True,
                 timeout=timeout,
                 deadline=deadline,
+                cache=cache,
                 extra_headers=extra_headers,
                 extra_body=extra_body,
                 **kwargs,
@@ -345,6 +526,7 @@ class LLM:
         stream: Literal[False] = ...,
         timeout: float | Unset | None = ...,
         deadline: float | Unset | None = ...,
+        cache: CacheMode = ...,
         extra_headers: Mapping[str, str] | None = ...,
         extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
@@ -361,6 +543,7 @@ class LLM:
         stream: Literal[True],
         timeout: float | Unset | None = ...,
         deadline: float | Unset | None = ...,
+        cache: CacheMode = ...,
         extra_headers: Mapping[str, str] | None = ...,
         extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
@@ -377,6 +560,7 @@ class LLM:
         stream: bool,
         timeout: float | Unset | None = ...,
         deadline: float | Unset | None = ...,
+        cache: CacheMode = ...,
         extra_headers: Mapping[str, str] | None = ...,
         extra_body: Mapping[str, Any] | None = ...,
         **kwargs: Any,
@@ -393,6 +577,7 @@ class LLM:
         stream: bool = False,
         timeout: float | Unset | None = UNSET,
         deadline: float | Unset | None = UNSET,
+        cache: CacheMode = "on",
         extra_headers: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -410,7 +595,9 @@ class LLM:
             LLMError: as `chat_completion`.
         """
         params = {"temperature": temperature, "max_tokens": max_tokens, **kwargs}
-        options = _Options(model, provider, stream, timeout, deadline, extra_headers, extra_body)
+        options = _Options(
+            model, provider, stream, timeout, deadline, extra_headers, extra_body, cache
+        )
         return cast(
             "CompletionResponse | Stream", self._call("completion", prompt, params, options)
         )
@@ -452,9 +639,7 @@ class LLM:
             A `Reply`; `.success` says which kind, `.error_message` what went wrong.
         """
         started = self._clock.now()
-        given: Any = messages_or_text
-        if isinstance(given, str):
-            given = [{"role": "user", "content": given}]
+        given = _as_messages(messages_or_text)
         if system is not None and isinstance(given, Iterable):
             given = [{"role": "system", "content": system}, *given]
         kwargs.pop("stream", None)
@@ -480,7 +665,105 @@ class LLM:
             finish_reason=response.finish_reason,
             latency_ms=response.latency_ms,
             tool_calls=response.tool_calls,
+            cost=response.cost,
+            cached=response.cached,
         )
+
+    def compare(
+        self, models: Sequence[str], messages_or_text: str | Messages, **kwargs: Any
+    ) -> list[Comparison]:
+        """The same question to several models at once, their answers side by side.
+
+        Args:
+            models: as `model=` of a call: `["openai/gpt-4o", "anthropic/claude-…"]`.
+            messages_or_text: messages, or just what the user says.
+            kwargs: everything else that `stream` takes.
+
+        Returns:
+            A `Comparison` for each model, in their order; one that failed says why.
+
+        Raises:
+            LLMConfigError: no models are given.
+        """
+        if isinstance(models, str) or not models:
+            raise LLMConfigError(f"models is {models!r}; give a list of names")
+        messages = _as_messages(messages_or_text)
+        messages = list(messages) if isinstance(messages, Iterable) else messages
+
+        def ask(model: str) -> Comparison:
+            started = self._clock.now()
+            error = stream = answer = None
+            try:
+                stream = self.stream(messages, model=model, **kwargs)
+                answer = stream.response
+            except LLMError as failure:
+                error, answer = failure, failure.partial
+            first = stream.time_to_first_token if stream else None
+            return Comparison(
+                model=model,
+                text=answer.text if answer is not None else "",
+                latency_ms=(self._clock.now() - started) * 1000,
+                time_to_first_token_ms=None if first is None else first * 1000,
+                usage=answer.usage if answer is not None else None,
+                cost=answer.cost if answer is not None else None,
+                finish_reason=answer.finish_reason if answer is not None else None,
+                error=error,
+            )
+
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(len(models)) as pool:
+            running = [pool.submit(copy_context().run, ask, model) for model in models]
+            return [future.result() for future in running]
+
+    @property
+    def usage(self) -> UsageTotals:
+        """What all calls of this client took, by model; shared with the clients made of it."""
+        return self._ledger.totals
+
+    @contextmanager
+    def budget(
+        self,
+        usd: Decimal | float | str | None = None,
+        *,
+        tokens: int | None = None,
+        requests: int | None = None,
+        warn_at: float | None = 0.8,
+        on_warn: Callable[[Budget], object] | None = None,
+        **more: Any,
+    ) -> Iterator[Budget]:
+        """Bound what is spent inside the `with` block, by this and by any other client or agent.
+
+        Before an attempt is sent the worst case is reserved: the counted prompt and `max_tokens`; it is
+        settled to the truth afterwards. What would not fit is refused. Nested, all must fit. The block
+        holds for this thread or task; of this client also for threads started inside.
+
+        Args:
+            usd: US dollars; `None`: no such limit.
+            tokens: tokens, of prompts and answers.
+            requests: attempts.
+            warn_at: the part of a limit at which to warn once; `None`: never.
+            on_warn: called with the budget; left out: a line in the log.
+            more: what else `Budget` takes: `unknown=`, `store=`, `name=`, `period=`.
+
+        Raises:
+            LLMBudgetError: raised by the calls inside that would not fit.
+            LLMConfigError: a limit cannot be used.
+        """
+        limits: dict[str, Any] = {
+            "tokens": tokens,
+            "requests": requests,
+            "warn_at": warn_at,
+            "on_warn": on_warn,
+        }
+        budget = Budget(usd, **limits, clock=self._clock, **more)
+        token = enter(budget)
+        self._ledger.open(budget)
+        try:
+            yield budget
+        finally:
+            self._ledger.close(budget)
+            leave(token)
 
     @contextmanager
     def deadline(self, seconds: float | None) -> Iterator[None]:
@@ -521,8 +804,8 @@ class LLM:
         Closing it closes nothing: the pool belongs to the client that it was made of.
 
         Args:
-            changes: settings by name, and `retries`; those of the pool itself (`pool_size`, `verify`,
-                `cert`, `proxies`) cannot change.
+            changes: settings and policies by name, as `LLM` takes them (`None`: as the config says); those
+                of the pool itself (`pool_size`, `verify`, `cert`, `proxies`) cannot change.
 
         Raises:
             LLMConfigError: a setting is unknown, cannot be used, or belongs to the pool.
@@ -535,12 +818,13 @@ class LLM:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._owner = False
-        if "retries" in changes:
-            other._retries = changes.pop("retries")
-        elif changes.keys() & {"max_retries", "retry_delay", "retry_jitter", "max_retry_delay"}:
-            other._retries = None
+        given = {name: changes.pop(name) for name in _MAKERS.keys() & changes.keys()}
+        # What was changed in the config is not shadowed by an object of before.
+        renewed = {_POLICY_OF[name] for name in _POLICY_OF.keys() & changes.keys()}
+        other._given = {**self._given, **dict.fromkeys(renewed), **given}
+        other._policies = dict(self._policies)
         other.config = self.config.replace(**changes)
-        other._assemble()
+        other._equip(renewed | given.keys())
         return other
 
     @property
@@ -555,6 +839,13 @@ class LLM:
         if not self._transport.closed:
             log.info("closed")
         self._transport.close()
+        for name in (
+            "cache",
+            "usage_store",
+        ):  # a file that was opened here; used again, it is opened again
+            policy = self._policies[name]
+            if policy is not None and policy is not self._given[name]:
+                policy.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -574,7 +865,12 @@ class LLM:
             raise TypeError(
                 "a client with a session of its own cannot be pickled; make it anew there"
             )
-        return _unpickled, (self.config, self._retries)
+        lost = [name for name in _NOT_PICKLED if self._given[name] is not None]
+        if lost:
+            raise TypeError(
+                f"a client with {' and '.join(lost)} of its own cannot be pickled; give them there"
+            )
+        return _unpickled, (self.config, self._given["retries"], self._given["fallbacks"])
 
     def __repr__(self) -> str:
         target = find_target(self.config)
@@ -584,11 +880,57 @@ class LLM:
         """The one way for a call through the house."""
         started = self._clock.now()
         call = self._describe(endpoint, subject, params, options, started)
-        provider = provider_of(call.target)
-        job = Job(call, provider, provider.build(call), started)
+        job = self._job(call, started, options.cache)
         self._ledger.count()
         outcome = self._handle(job)
         return outcome.answer if isinstance(outcome, Done) else outcome
+
+    def _job(self, call: Call, started: float, cache: str) -> Job:
+        """The call with its request. A long answer is streamed underneath where its host asks for that."""
+        provider, above = provider_of(call.target), call.target.host.streams_above
+        fold, prompt, most = False, None, None
+        if call.endpoint != "models":
+            if above is not None and not call.stream:
+                fold = (provider.output_limit(call) or 0) > above
+                call = call._replace(stream=fold)
+            if self._policies["rate_limiter"] is not None or self._budgets():
+                prompt, most = self._count(call), provider.output_limit(call)
+        return Job(call, provider, provider.build(call), started, fold, cache, prompt, most)
+
+    def _prepare(self, job: Job, target: Target) -> Job:
+        """The same call for another model."""
+        call = job.call._replace(target=target, stream=job.call.stream and not job.fold)
+        return self._job(call, job.started, job.cache)
+
+    def _count(self, call: Call, *, exact: bool = False) -> TokenCount:
+        """The tokens of a prompt: an estimate, unless it must be exact."""
+        model, tools = call.target.model, call.params.get("tools")
+        return self._ledger.estimator.count(call.subject, model, tools=tools, exact=exact)
+
+    def _budgets(self) -> tuple[Budget, ...]:
+        """The budgets that a call made here and now must fit.
+
+        A thread that was started inside a `with llm.budget(…)` block knows nothing of it; it must not
+        spend past it, so it is held to all such blocks of this client that are open.
+        """
+        found = active_budgets() or self._ledger.budgets
+        own = self._policies["budget"]
+        return found if own is None else (*found, own)
+
+    def _note(self, job: Job, info: CallInfo, outcome: Any, ending: Ending) -> None:
+        """What a call that ended leaves behind."""
+        ledger, usage = self._ledger, ending.usage
+        ledger.note(outcome)
+        if job.call.endpoint == "models":
+            return
+        facts = {"complete": ending.complete, "cached": info.cached}
+        ledger.totals.record(info.provider, info.model, usage, cost=info.cost, **facts)
+        store = self._policies["usage_store"]
+        if store is not None:
+            store.record(info.provider, info.model, usage, info.cost(usage), **facts)
+        asked = job.call.target.model
+        if job.prompt is not None and usage is not None and info.model == asked and not info.cached:
+            ledger.estimator.learn(asked, job.prompt, usage.prompt_tokens)
 
     def _describe(
         self,
@@ -617,6 +959,9 @@ class LLM:
         deadline = config.deadline if options.deadline is UNSET else options.deadline
         _check("temperature", checked_temperature, params.get("temperature"))
         _check("max_tokens", checked_positive, params.get("max_tokens"))
+        if options.cache not in _CACHE_MODES:
+            modes = ", ".join(map(repr, _CACHE_MODES))
+            raise LLMConfigError(f"cache is {options.cache!r}; it must be one of {modes}")
         _check("timeout", checked_seconds, timeout)
         _check("deadline", checked_seconds, deadline)
         headers = config.default_headers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pydantic import (
 )
 
 from LLM.errors import LLMConfigError
+from LLM.prices import dollars
 from LLM.providers.hosts import (
     COMPATIBLE,
     ENVIRONMENT_HOSTS,
@@ -74,6 +76,14 @@ class LLMConfig(BaseModel):
         verify: as in `requests`: `True`, `False`, or the path of a CA bundle.
         cert: as in `requests`: path of a client certificate, or (certificate, key).
         proxies: as in `requests`: proxy URL by scheme or `scheme://host`; beats the environment's.
+        requests_per_minute: attempts that each address gets in any minute. `None`: no limit.
+        tokens_per_minute: tokens, of prompts and answers, likewise. `None`: no limit.
+        budget: US dollars that the client may spend in all; a call that might not fit is refused.
+            `None`: no limit.
+        cache: where answers are kept: `":memory:"` or `"sqlite:///file.db"`. `None`: nowhere.
+        fallbacks: models to ask, in this order, when the first one cannot answer.
+        usage_store: where what was spent is written down, by day and model: `"sqlite:///file.db"`.
+            `None`: nowhere. `from_env` takes it from `LLM_USAGE_STORE`.
 
     Raises:
         LLMConfigError: a name is unknown or a value cannot be used. (It is a `ValueError` too.)
@@ -102,6 +112,12 @@ class LLMConfig(BaseModel):
     verify: bool | str = True
     cert: str | tuple[str, str] | None = None
     proxies: Mapping[str, str] | None = Field(default=None, repr=False)  # may hold a password
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    budget: Decimal | None = None
+    cache: str | None = None
+    fallbacks: tuple[str, ...] = ()
+    usage_store: str | None = None
 
     # The variables that the key came from; a pickle carries their names and never a key.
     _key_variables: tuple[str, ...] = PrivateAttr(default=())
@@ -139,6 +155,8 @@ class LLMConfig(BaseModel):
         settings = dict(overrides)
         if "model" not in settings and (model := env.first("LLM_MODEL", "MODEL_NAME")):
             settings["model"] = model
+        if "usage_store" not in settings and (store := env.first("LLM_USAGE_STORE")):
+            settings["usage_store"] = store
         if "base_url" not in settings and "provider" not in settings:
             for name, value in env.host_settings(settings.get("model", "")).items():
                 settings.setdefault(name, value)
@@ -244,10 +262,33 @@ class LLMConfig(BaseModel):
             raise ValueError(f"is {value}; it must be 0 (one attempt) or more")
         return value
 
-    @field_validator("max_tokens", "pool_size", "max_response_bytes")
+    @field_validator(
+        "max_tokens",
+        "pool_size",
+        "max_response_bytes",
+        "requests_per_minute",
+        "tokens_per_minute",
+    )
     @classmethod
     def _check_positive(cls, value: int | None) -> int | None:
         return checked_positive(value)
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _check_budget(cls, value: Any) -> Decimal | None:
+        if value is None:
+            return None
+        amount = dollars(value, "it")
+        if amount == 0:
+            raise ValueError("is 0; give US dollars above 0, or None for no limit")
+        return amount
+
+    @field_validator("fallbacks", mode="before")
+    @classmethod
+    def _check_fallbacks(cls, models: Any) -> Any:
+        if isinstance(models, str):
+            raise ValueError(f"is one string; write [{models!r}]")
+        return models
 
     @field_validator("default_headers")
     @classmethod

@@ -67,10 +67,17 @@ class LLMError(Exception):
         attempts: how many attempts were made; 0 if nothing was sent.
         history: an `Attempt` for each of them.
         partial: of a stream, the response as far as it came (text, tool calls, usage); else `None`.
+        maybe_billed: the request went out and no whole answer came: the server may have worked, and may
+            charge for it. An error that the server answered with is free.
+        unsent: the last attempt was refused on this side, and is not in `history`.
+        fallbacks: of a call with fallbacks, what was tried and why it failed, as (model, reason).
     """
 
     error_type: ErrorType = ErrorType.UNKNOWN
     retriable: bool = False
+    maybe_billed: bool = False
+    unsent: bool = False
+    fallbacks: tuple[tuple[str, str], ...] = ()
 
     def __init__(
         self,
@@ -126,6 +133,7 @@ class LLMConfigError(LLMError, ValueError):
     """The program must be fixed; nothing was sent."""
 
     error_type = ErrorType.CONFIG_ERROR
+    unsent = True
 
 
 class LLMConnectionError(LLMError, ConnectionError):
@@ -153,6 +161,7 @@ class LLMStreamError(LLMConnectionError):
     """A stream broke or was cut; what did arrive is in `.partial`."""
 
     error_type = ErrorType.STREAM_ERROR
+    maybe_billed = True
 
 
 class LLMCancelledError(LLMConnectionError):
@@ -255,12 +264,14 @@ class LLMResponseError(LLMAPIError):
     """A 2xx answer that is not what was agreed: HTML, cut JSON, no choices."""
 
     error_type = ErrorType.INVALID_RESPONSE
+    maybe_billed = True
 
 
 class LLMBudgetError(LLMError):
     """The call would not fit the caller's own budget; nothing was sent."""
 
     error_type = ErrorType.BUDGET
+    unsent = True
 
 
 # Statuses where the same request may succeed later. 408 and 409 (lock timeout) as in the official

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any, Protocol
 
 from LLM.clock import Clock
@@ -21,7 +22,15 @@ from LLM.errors import (
 from LLM.providers import base
 from LLM.providers.base import Call, EventDecoder, Provider, WireResponse
 from LLM.sse import EventTooLargeError, SSEDecoder
-from LLM.types import Answer, CallInfo, EventType, StreamEvent, TokenUsage
+from LLM.types import (
+    Answer,
+    CallInfo,
+    ChatCompletionResponse,
+    Ending,
+    EventType,
+    StreamEvent,
+    TokenUsage,
+)
 
 # Seconds that a stream which has given its finish reason waits for more (usage, the end marker): some
 # servers send neither and do not close.
@@ -50,21 +59,40 @@ class _Source:
         self.provider = provider
         self.call = call
         self.decoder: EventDecoder = provider.decoder(call)
-        self.callbacks: list[Callable[[TokenUsage | None], None]] = []
+        self.callbacks: list[Callable[[Ending], None]] = []
+        self.complete = False
         self.over = False
+        self._answer: Answer | None = None
 
-    def end(self) -> None:
-        """Close, and tell those who wait for the end; only the first time does anything."""
+    def end(self, error: LLMError | None = None) -> None:
+        """Close, and tell those who wait for the end; only the first time does anything.
+
+        The error is not kept: its traceback holds the `Stream`, which would then never be let go.
+        """
         if self.over:
             return
         self.over = True
         self.wire.close()
         callbacks, self.callbacks = self.callbacks, []
+        if not callbacks:
+            return
+        ending = self.ending(error)
+        for callback in callbacks:
+            callback(ending)
+
+    def ending(self, error: LLMError | None) -> Ending:
         usage = None
         with suppress(*base.MALFORMED):
             usage = self.decoder.usage
-        for callback in callbacks:
-            callback(usage)
+        return Ending(usage, self.complete, error, self.answer)
+
+    def answer(self) -> Answer | None:
+        """What came so far, folded into a response; `None` if nothing did."""
+        if not self.over or self._answer is None:
+            self._answer = None
+            with suppress(*base.MALFORMED):
+                self._answer = self.decoder.response()
+        return self._answer
 
 
 class Stream:
@@ -98,7 +126,10 @@ class Stream:
         self._answer: Answer | None = None
         self.time_to_first_token: float | None = None
         self.error: LLMError | None = None
+        self.headers: Mapping[str, str] = {}
+        self.status = 200
         if source is not None:
+            self.headers = source.wire.headers
             self._call = source.call
             self._provider = source.provider
             self._decoder = source.decoder
@@ -112,7 +143,9 @@ class Stream:
         cls, wire: ByteStream, provider: Provider, call: Call, *, started: float, clock: Clock
     ) -> Stream:
         """A stream whose first event has come: until then nothing was said, and a retry is possible."""
-        info = CallInfo(provider=call.target.host.name, request_id=base.request_id(wire.headers))
+        target = call.target
+        identity = base.request_id(wire.headers)
+        info = CallInfo(provider=target.host.name, model=target.model, request_id=identity)
         stream = cls(_Source(wire, provider, call), info=info, started=started, clock=clock)
         try:
             stream._refill()
@@ -131,6 +164,15 @@ class Stream:
         stream = cls(None, info=CallInfo(provider=error.provider), started=clock.now(), clock=clock)
         stream._fail(error)
         stream.raise_errors(False)
+        return stream
+
+    @classmethod
+    def replay(cls, answer: Answer, *, started: float, clock: Clock) -> Stream:
+        """A whole answer said once more, as a stream; its text comes in one piece."""
+        stream = cls(None, info=answer.info, started=started, clock=clock)
+        stream._answer, stream._completed = answer, True
+        stream._ready.extend(_events(answer))
+        stream.time_to_first_token = clock.now() - started
         return stream
 
     def __iter__(self) -> Iterator[StreamEvent]:
@@ -179,9 +221,31 @@ class Stream:
     @property
     def usage(self) -> TokenUsage | None:
         """Tokens as far as the server has said; most say it at the end."""
+        if self._source is None:
+            return getattr(self._answer, "usage", None)
         with suppress(*base.MALFORMED):
-            return None if self._source is None else self._decoder.usage
+            return self._decoder.usage
         return None
+
+    @property
+    def info(self) -> CallInfo:
+        """All that the client knows of the call, to be read."""
+        return self._info
+
+    @property
+    def cost(self) -> Decimal | None:
+        """US dollars for the usage known so far; 0 from the cache; `None` if unknown."""
+        return self._info.cost(self.usage)
+
+    @property
+    def cached(self) -> bool:
+        """Whether it comes from the cache: nothing was sent and nothing paid."""
+        return self._info.cached
+
+    @property
+    def fallbacks(self) -> tuple[tuple[str, str], ...]:
+        """The models that were tried before this one answered, each with the reason; mostly empty."""
+        return self._info.fallbacks
 
     @property
     def provider(self) -> str | None:
@@ -209,20 +273,18 @@ class Stream:
         if self._source is not None:
             self._wire.cancel()
 
-    def when_done(self, callback: Callable[[TokenUsage | None], None]) -> None:
-        """Call back once, when the stream ends, fails or is closed, with the usage known by then."""
-        if self._source is None or self._source.over:
-            callback(self.usage)
+    def when_done(self, callback: Callable[[Ending], None]) -> None:
+        """Call back once, when the stream ends, fails or is closed, with what is known by then."""
+        if self._source is None:
+            callback(Ending(self.usage, self._completed, self.error, lambda: self._answer))
+        elif self._source.over:
+            callback(self._source.ending(self.error))
         else:
             self._source.callbacks.append(callback)
 
     def raise_errors(self, yes: bool) -> None:
         """Whether a failure is raised, or handed over as the last event."""
         self._raise = yes
-
-    def record(self, history: tuple[Attempt, ...]) -> None:
-        """Note the attempts that the call took."""
-        self._info.history = history
 
     def __repr__(self) -> str:
         state = "open" if self._source is not None and not self._source.over else "over"
@@ -342,7 +404,7 @@ class Stream:
         except base.MALFORMED as error:
             self._fail(self._not_understood(error))
             return
-        self._completed = True
+        self._completed = self._source.complete = True
         self._wire.finish()
         self._source.end()
 
@@ -354,7 +416,8 @@ class Stream:
             error.request_id = error.request_id or self._info.request_id
             error.history = self._info.history
         self._failure = self.error = error
-        self._end_source()
+        if self._source is not None:
+            self._source.end(error)
 
     def _end_source(self) -> None:
         if self._source is not None:
@@ -362,16 +425,25 @@ class Stream:
 
     def _fold(self) -> Answer | None:
         if self._source is None:
-            return None
+            return self._answer
         if self._answer is None or not self._source.over:
             self._info.latency_ms = (self._clock.now() - self._started) * 1000
-            with suppress(*base.MALFORMED):
-                self._answer = self._decoder.response()
+        self._answer = self._source.answer()
         if self._answer is not None:
-            self._answer.note(
-                provider=self._info.provider,
-                request_id=self._info.request_id,
-                history=self._info.history,
-                latency_ms=self._info.latency_ms,
-            )
+            self._answer._info = self._info  # noqa: SLF001 - one account of the call for both
         return self._answer
+
+
+def _events(answer: Answer) -> Iterator[StreamEvent]:
+    """The events of an answer that is whole."""
+    choice = answer.choices[0] if getattr(answer, "choices", None) else None  # type: ignore[attr-defined]
+    if isinstance(answer, ChatCompletionResponse) and choice is not None:
+        reasoning = (choice.message.model_extra or {}).get("reasoning_content")
+        if isinstance(reasoning, str) and reasoning:
+            yield base.reasoning_event(reasoning)
+    if text := getattr(answer, "text", ""):
+        yield base.text_event(text)
+    for call in getattr(answer, "tool_calls", ()):
+        yield StreamEvent(EventType.TOOL_CALL, tool_call=call)
+    reason = getattr(answer, "finish_reason", None)
+    yield base.complete_event(reason, getattr(answer, "usage", None))

@@ -86,6 +86,7 @@ class Exchange:
         "due",
         "fresh_only",
         "reused",
+        "sent",
         "socket",
         "stopped",
         "timeout",
@@ -97,6 +98,7 @@ class Exchange:
         self.clock = "deadline"
         self.stopped: str | None = None  # why: the name of a clock, "cancelled" or "closed"
         self.reused = False  # the connection had served before
+        self.sent = False  # the server may have begun to work, and to charge for it
         self.answered = False  # a byte of the answer came
         self.timeout: float | None = None  # seconds, for the message
         self.fresh_only = False  # do not take a pooled connection
@@ -445,6 +447,9 @@ class _Wire(HTTPConnection):
                 self.connect()
             else:
                 self.sock.settimeout(self.timeout)
+            exchange = _current.exchange
+            if exchange is not None:
+                exchange.sent = True
             if body is not None and len(body) <= _JOIN_LIMIT:
                 self.sock.sendall(data + body)
             else:
@@ -806,6 +811,7 @@ class Transport:
         connect = min(call.connect_timeout, left)
         network = self._network(request)
         _current.exchange = exchange
+        exchange.sent = self.given is not None  # its adapters may not be ours, and say nothing
         try:
             response = self._live_session().send(
                 self._prepare(request),
@@ -1189,7 +1195,9 @@ def translate(
     stopped = exchange.stopped
     if stopped in ("cancelled", "closed"):
         what = "the client was closed" if stopped == "closed" else "cancelled"
-        return LLMCancelledError(f"{place}: {what} before the answer was whole")
+        failure = LLMCancelledError(f"{place}: {what} before the answer was whole")
+        failure.maybe_billed = exchange.sent
+        return failure
     connecting = any(type(c) is urllib3.exceptions.ConnectTimeoutError for c in causes)
     unresolved = _any(causes, urllib3.exceptions.NameResolutionError)
     if stopped or connecting or isinstance(root, TimeoutError):
@@ -1229,6 +1237,7 @@ def translate(
             f"{place}: the connection broke before an answer came ({_says(root)})"
         )
     failure.args = (redact(str(failure), request.key),)
+    failure.maybe_billed = exchange.sent
     if isinstance(root, OSError):
         told = redact(_says(root), request.key)
         failure.__cause__ = OSError(root.errno, told) if root.errno else OSError(told)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, WrapValidator, model_validator
 
@@ -169,14 +170,72 @@ class TokenUsage(Value):
     __radd__ = __add__
 
 
+class Pricer(Protocol):
+    """What knows the prices."""
+
+    def cost(
+        self, provider: str | None, model: str | None, usage: TokenUsage | None
+    ) -> Decimal | None: ...
+
+
+class SentRequest(NamedTuple):
+    """The request of a call, without its key. `credential` is the header's name and its prefix."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes | None
+    credential: tuple[str, str] | None
+    key_variable: str
+
+
 @dataclass(slots=True)
 class CallInfo:
-    """What the client knows of a call beside the answer itself. `latency_ms` is in milliseconds."""
+    """What the client knows of a call beside the answer itself.
+
+    Attributes:
+        provider: name of the provider that answered.
+        model: the model that was asked for there.
+        request_id: the server's id of the request.
+        history: its attempts.
+        latency_ms: milliseconds.
+        cached: the answer came from the cache.
+        fallbacks: what was tried before, and why it failed, as (model, reason).
+        prices: what knows its cost.
+        request: what was sent.
+    """
 
     provider: str | None = None
+    model: str | None = None
     request_id: str | None = None
     history: tuple[Attempt, ...] = ()
     latency_ms: float | None = None
+    cached: bool = False
+    fallbacks: tuple[tuple[str, str], ...] = ()
+    prices: Pricer | None = None
+    request: SentRequest | None = None
+
+    def cost(self, usage: TokenUsage | None) -> Decimal | None:
+        """US dollars for this usage; 0 for an answer from the cache, `None` if unknown."""
+        if self.cached:
+            return Decimal(0)
+        return self.prices.cost(self.provider, self.model, usage) if self.prices else None
+
+
+class Ending(NamedTuple):
+    """How a call ended, for those who waited for it.
+
+    Attributes:
+        usage: the tokens as far as they are known.
+        complete: the whole answer came; `False` for a stream that was closed, cut or cancelled.
+        error: what a stream failed with.
+        answer: gives the response, or what came of it.
+    """
+
+    usage: TokenUsage | None
+    complete: bool
+    error: LLMError | None
+    answer: Callable[[], Answer | None]
 
 
 class Answer(Value):
@@ -184,10 +243,43 @@ class Answer(Value):
 
     _info: CallInfo = PrivateAttr(default_factory=CallInfo)
 
-    def note(self, **facts: Any) -> None:
-        """Remember facts of the call: the fields of `CallInfo` by name."""
-        for name, fact in facts.items():
-            setattr(self._info, name, fact)
+    @property
+    def info(self) -> CallInfo:
+        """All that the client knows of the call, to be read."""
+        # As `self._info`, but pydantic takes 2 µs for that, and each layer asks.
+        info: CallInfo = (self.__pydantic_private__ or {})["_info"]
+        return info
+
+    @property
+    def cost(self) -> Decimal | None:
+        """US dollars, exactly; 0 from the cache; `None` if the price or the usage is unknown.
+
+        Prices come from the client's `price=`, else from the data of the extra `cost`.
+        """
+        return self._info.cost(getattr(self, "usage", None))
+
+    @property
+    def cached(self) -> bool:
+        """Whether it came from the cache: nothing was sent and nothing paid."""
+        return self._info.cached
+
+    @property
+    def fallbacks(self) -> tuple[tuple[str, str], ...]:
+        """The models that were tried before this one answered, each with the reason; mostly empty."""
+        return self._info.fallbacks
+
+    def as_curl(self) -> str:
+        """The request as a command for a shell, the key as a variable.
+
+        Raises:
+            ValueError: nothing was sent: it came from the cache, or was made by hand.
+        """
+        if self._info.request is None:
+            raise ValueError("no request was sent for this answer")
+        from LLM.curl import as_curl
+
+        request = self._info.request
+        return as_curl(*request[:-1], variable=request.key_variable)
 
     @property
     def provider(self) -> str | None:
@@ -356,6 +448,8 @@ class Reply(BaseModel):
         error_message: one line, `None` on success.
         error: the `LLMError` itself, `None` on success.
         latency_ms: milliseconds that the call took.
+        cost: US dollars; `None` if unknown.
+        cached: whether it came from the cache.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, defer_build=True)
@@ -372,9 +466,35 @@ class Reply(BaseModel):
     finish_reason: str | None = None
     latency_ms: float | None = None
     tool_calls: list[ToolCall] = []
+    cost: Decimal | None = None
+    cached: bool = False
 
     def __bool__(self) -> bool:
         return self.success
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one model made of a question that several were asked; what `compare` returns.
+
+    Attributes:
+        model: as it was named.
+        text: the answer, of a failure as far as it came.
+        latency_ms: milliseconds from the call to the end.
+        time_to_first_token_ms: milliseconds from the call to the first event; `None` if none came.
+        usage: tokens, `None` if unknown.
+        cost: US dollars, `None` if unknown.
+        error: what went wrong, or `None`.
+    """
+
+    model: str
+    text: str
+    latency_ms: float
+    time_to_first_token_ms: float | None
+    usage: TokenUsage | None
+    cost: Decimal | None
+    finish_reason: str | None
+    error: LLMError | None = None
 
 
 def content_text(content: object) -> str:

@@ -34,6 +34,12 @@ DEFAULTS: dict = {
     "verify": True,
     "cert": None,
     "proxies": None,
+    "requests_per_minute": None,
+    "tokens_per_minute": None,
+    "budget": None,
+    "cache": None,
+    "fallbacks": (),
+    "usage_store": None,
 }
 
 

@@ -76,7 +76,7 @@ def test_a_response_that_no_client_made_knows_nothing_of_its_call():
 def test_what_a_call_took_is_on_the_response_and_not_in_its_fields():
     response = ChatCompletionResponse.model_validate(CHAT)
     history = (Attempt(503, "LLMServerError", 0.0, 0.1, "r1"), Attempt(200, None, 1.0, 0.2, "r2"))
-    response._info = CallInfo("openai", "r2", history, 1300.0)
+    response._info = CallInfo("openai", "gpt-4o", "r2", history, 1300.0)
     assert (response.attempts, response.history[1].waited) == (2, 1.0)
     assert (response.provider, response.request_id, response.latency_ms) == ("openai", "r2", 1300)
     assert "r2" not in response.model_dump_json()

@@ -145,20 +145,20 @@ def show_answer(
         screen.note("(stopped)")
         return Answer("".join(pieces))
     answer = Answer("".join(pieces), stream.response, stream.time_to_first_token)
-    for remark in _remarks(answer):
+    response = answer.response
+    for remark in remarks(response.finish_reason, answer.text, response.tool_calls):
         screen.note(remark)
     return answer
 
 
-def _remarks(answer: Answer) -> Iterator[str]:
+def remarks(finish: str | None, text: str, tool_calls: Sequence[Any] = ()) -> Iterator[str]:
     """What a reader must know of an answer that is not plainly complete."""
-    finish = answer.response.finish_reason
     if finish == "length":
         yield "(cut: the answer reached the largest number of tokens; see --max-tokens)"
     elif finish == "content_filter":
         yield "(cut: the provider's content filter stopped the answer)"
-    elif not answer.text:
-        names = ", ".join(call.name for call in answer.response.tool_calls)
+    elif not text:
+        names = ", ".join(call.name for call in tool_calls)
         yield f"(no text, but a call of the tool {names})" if names else "(the answer is empty)"
 
 
@@ -183,6 +183,20 @@ def as_json(response: Any, indent: int | None = 2) -> str:
     }
     value = {**response.model_dump(), "call": call}
     return json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+
+
+def milliseconds(number: float) -> str:
+    """A duration for people."""
+    return f"{number:.1f} ms" if number < 10 else f"{number:,.0f} ms"
+
+
+def question(args: argparse.Namespace) -> str:
+    """The words of the command line, after what is piped in (a long text goes before its question)."""
+    piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+    asked = "\n\n".join(filter(None, (piped, " ".join(args.words).strip())))
+    if not asked:
+        args.parser.error(f'nothing to ask; write {args.parser.prog} "…", or pipe a text in')
+    return asked
 
 
 def with_system(system: str | None, said: Sequence[Said]) -> list[Said]:

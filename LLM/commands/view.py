@@ -5,18 +5,34 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from LLM.clock import Clock
 
 
+class Column(NamedTuple):
+    """One of several answers side by side: `text` is Markdown, what follows it is said about it."""
+
+    title: str
+    text: str
+    remarks: Sequence[str] = ()
+    error: str = ""
+
+
 class Screen:
     """Plain text, for pipes, files and plain terminals."""
+
+    @property
+    def width(self) -> int:
+        """Characters of a line."""
+        return shutil.get_terminal_size().columns
 
     def answer(self) -> _PlainView | _MarkdownView:
         """Where one answer appears."""
@@ -42,6 +58,108 @@ class Screen:
         for row in rows:
             cells = zip(row[1:], widths[1:], strict=True)
             print(f"  {'  '.join(f'{cell:{width}}' for cell, width in cells)}".rstrip())
+
+    def grid(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        total: Sequence[str] = (),
+        texts: int = 1,
+    ) -> None:
+        """A table with a head, of which the first columns hold `texts` and the others numbers."""
+        lines = [head, *rows, *([total] if total else [])]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print()
+        for line in lines:
+            cells = (
+                f"{clean(cell):<{width}}" if place < texts else f"{cell:>{width}}"
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            print("  ".join(cells).rstrip())
+
+    def bars(self, title: str, rows: Sequence[tuple[str, float, str]]) -> None:
+        """A bar for each row of a label, a value from 0 up, and the value as text."""
+        print(f"\n{title}")
+        for label, drawn, text in _drawn(rows, self.width):
+            print(f"{label}  {drawn}{text}".rstrip())
+
+    def side_by_side(self, columns: Sequence[Column]) -> None:
+        """Several answers; here one below the other."""
+        terminal = sys.stdout.isatty()
+        for place, (title, text, remarks, error) in enumerate(columns):
+            print(f"{'' if place == 0 else chr(10)}== {clean(title)}")
+            if text:
+                print((clean(text) if terminal else text).rstrip("\n"))
+            for line in (*remarks, *([f"error: {error}"] if error else [])):
+                print(line)
+        sys.stdout.flush()
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """Show, where it does not spoil the result, that something goes on."""
+        return _noted(text) if sys.stderr.isatty() else _noted("")
+
+    def live(self) -> Live:
+        """A line that changes."""
+        return Live(lines=not sys.stdout.isatty())
+
+
+class Live:
+    """A line that is written again and again; where that is not possible, only now and then."""
+
+    def __init__(self, *, lines: bool) -> None:
+        self._lines = lines
+        self._width = 0
+
+    def __enter__(self) -> Live:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._width:
+            print(flush=True)
+
+    def update(self, text: str) -> None:
+        """Write `text` in the place of what was there."""
+        if not self._lines:
+            print(f"\r{text:{self._width}}", end="", flush=True)
+            self._width = len(text)
+
+    def say(self, text: str, style: str = "") -> None:  # noqa: ARG002 - for those who can show one
+        """Write a line that stays, above the one that changes."""
+        print(f"\r{text:{self._width}}" if self._width else text, flush=True)
+        self._width = 0
+
+
+@contextmanager
+def _noted(text: str) -> Iterator[None]:
+    """A remark on stderr that is wiped out at the end."""
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{'':{len(text)}}\r" if text else "", end="", file=sys.stderr, flush=True)
+
+
+def _drawn(rows: Sequence[tuple[str, float, str]], width: int) -> Iterator[tuple[str, str, str]]:
+    """Each row's label, bar and text, so that the longest one fits."""
+    labels, values, texts = zip(*rows, strict=True)
+    name = max(map(len, labels))
+    room = max(1, width - name - max(map(len, texts)) - 4)
+    most = max(values)
+    for label, value, text in rows:
+        drawn = bar(value / most if most else 0.0, room)
+        yield f"{clean(label):<{name}}", drawn, f"  {text}" if drawn else text
+
+
+def bar(part: float, width: int) -> str:
+    """A bar of up to `width` characters, in eighths of one; whatever is above 0 can be seen."""
+    eighths = max(round(part * width * 8), 1 if part > 0 else 0)
+    full, rest = divmod(eighths, 8)
+    try:
+        "█▏".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#" * max(full, 1 if part > 0 else 0)
+    return "█" * full + " ▏▎▍▌▋▊▉"[rest].strip()
 
 
 class _PlainView:
@@ -108,6 +226,112 @@ class _RichScreen(Screen):
         self._out.print(f"\n{title}", style="bold", markup=False)
         if rows:
             self._out.print(Padding(shown, (0, 0, 0, 2), expand=False))
+
+    @property
+    def width(self) -> int:
+        return self._out.width
+
+    def grid(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        total: Sequence[str] = (),
+        texts: int = 1,
+    ) -> None:
+        from rich.box import SIMPLE
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = Table(
+            box=SIMPLE,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+            show_footer=bool(total),
+        )
+        for place, name in enumerate(head):
+            name_only = place < texts
+            shown.add_column(
+                name,
+                total[place] if total else "",
+                header_style="bold",
+                footer_style="bold",
+                justify="left" if name_only else "right",
+                overflow="fold",
+                no_wrap=not name_only,
+            )
+        for row in rows:
+            shown.add_row(*(Text(clean(cell)) for cell in row))
+        self._out.print()
+        self._out.print(shown)
+
+    def bars(self, title: str, rows: Sequence[tuple[str, float, str]]) -> None:
+        from rich.text import Text
+
+        self._out.print(f"\n{title}", style="bold", markup=False)
+        for label, drawn, text in _drawn(rows, self.width):
+            self._out.print(
+                Text.assemble(f"{label}  ", (drawn, "green"), text), no_wrap=True, crop=True
+            )
+
+    def side_by_side(self, columns: Sequence[Column]) -> None:
+        from rich.box import MINIMAL
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        # Narrower than this an answer can hardly be read: the next ones go below.
+        beside = max(1, self.width // 26)
+        for start in range(0, len(columns), beside):
+            shown = Table(box=MINIMAL, show_edge=False, pad_edge=False, expand=True)
+            cells = []
+            for title, text, remarks, error in columns[start : start + beside]:
+                shown.add_column(Text(clean(title), style="bold"), ratio=1, overflow="fold")
+                cell: list[Any] = [_Block(clean(text), spaced=False)] if text else []
+                cell += [Text(clean(remark), style="dim") for remark in remarks]
+                if error:
+                    cell.append(Text.assemble(("error:", "bold red"), " ", one_line(error)))
+                cells.append(Group(*cell))
+            shown.add_row(*cells)
+            if start:
+                self._out.print()
+            self._out.print(shown)
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        return self._out.status(f"[dim]{text}[/dim]")
+
+    def live(self) -> Live:
+        return _RichLive(self._out)
+
+
+class _RichLive(Live):
+    """Drawn only when something is said: no second thread steps on its lines."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.live import Live as Region
+
+        super().__init__(lines=False)
+        self._console = console
+        # What others print on stdout is not caught: `bar` asks it for its encoding.
+        self._region = Region(
+            "", console=console, auto_refresh=False, redirect_stdout=False, transient=True
+        )
+
+    def __enter__(self) -> Live:
+        self._region.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._region.stop()
+
+    def update(self, text: str) -> None:
+        from rich.text import Text
+
+        self._region.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def say(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style or None, markup=False, emoji=False)
 
 
 class _MarkdownView:

@@ -370,6 +370,11 @@ def decoder(call: Call) -> MessagesDecoder:
     return MessagesDecoder(call)
 
 
+def output_limit(call: Call) -> int:
+    """The most tokens that it may answer with, its thinking included."""
+    return base.limit_in(call, "max_completion_tokens", "max_tokens") or DEFAULT_MAX_TOKENS
+
+
 class MessagesDecoder:
     """The events of a messages stream as ours; folds its blocks.
 

@@ -170,6 +170,20 @@ class Provider(Protocol):
         """A fresh decoder for one stream."""
         ...
 
+    def output_limit(self, call: Call) -> int | None:
+        """The most tokens that it may answer with, all choices together; `None` if nothing limits it."""
+        ...
+
+
+def limit_in(call: Call, *names: str) -> int | None:
+    """A token limit of the request, under the first of the names that it has."""
+    for name in names:
+        for fields in (call.extra_body, call.params):
+            limit = fields.get(name)
+            if isinstance(limit, int) and limit is not True:
+                return limit
+    return None
+
 
 def request_headers(call: Call, ours: Mapping[str, str]) -> dict[str, str]:
     """Our headers under the user's own, under whatever spelling."""

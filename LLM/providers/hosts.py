@@ -48,6 +48,11 @@ class Host(NamedTuple):
         base_url_suffix: what that variable's value leaves out of the path, by the vendor's convention.
         stream_usage: whether it must be asked for the usage of a stream, and understands the question.
         routes: serves other providers' models, under names like `provider/model`.
+        streams_above: tokens of `max_tokens` above which a whole answer may take too long to wait for
+            in silence: it is streamed underneath. `None`: never.
+        price_name: what the price data calls it; `None`: as we do.
+        batch_price: part of the price that a call in a batch costs, where the price data does not say.
+        trace_name: what OpenTelemetry's conventions call it; `None`: as we do.
         quirks: models that differ; the first that matches counts.
     """
 
@@ -59,6 +64,10 @@ class Host(NamedTuple):
     base_url_suffix: str = ""
     stream_usage: bool = True
     routes: bool = False
+    streams_above: int | None = None
+    price_name: str | None = None
+    batch_price: str | None = None
+    trace_name: str | None = None
     quirks: tuple[Quirk, ...] = ()
 
     def quirk(self, model: str) -> Quirk:
@@ -77,6 +86,7 @@ _ROWS = (
         "https://api.openai.com/v1",
         key_variables=("OPENAI_API_KEY",),
         base_url_variable="OPENAI_BASE_URL",
+        batch_price="0.5",  # "Batch API", since 2024-04; as of 2026-11
         quirks=(
             Quirk(
                 _OPENAI_REASONING,
@@ -92,6 +102,11 @@ _ROWS = (
         key_variables=("ANTHROPIC_API_KEY",),
         base_url_variable="ANTHROPIC_BASE_URL",
         base_url_suffix="/v1",
+        # It asks for streaming where an answer may take more than ten minutes ("Errors: long requests",
+        # 2026-11); its own client reckons with 128,000 tokens an hour. Two minutes are silence enough:
+        # a proxy or a NAT on the way forgets a connection that says nothing for longer.
+        streams_above=128_000 // 30,
+        batch_price="0.5",  # "Batch processing", since 2024-10; as of 2026-11
     ),
     Host(
         "openrouter",
@@ -107,15 +122,24 @@ _ROWS = (
         "https://api.mistral.ai/v1",
         key_variables=("MISTRAL_API_KEY",),
         stream_usage=False,
+        trace_name="mistral_ai",
     ),
     Host("deepseek", "https://api.deepseek.com/v1", key_variables=("DEEPSEEK_API_KEY",)),
     Host(
         "gemini",
         "https://generativelanguage.googleapis.com/v1beta/openai",
         key_variables=("GEMINI_API_KEY", "GOOGLE_API_KEY"),
+        price_name="google",
+        trace_name="gcp.gemini",
     ),
     Host("together", "https://api.together.xyz/v1", key_variables=("TOGETHER_API_KEY",)),
-    Host("xai", "https://api.x.ai/v1", key_variables=("XAI_API_KEY",)),
+    Host(
+        "xai",
+        "https://api.x.ai/v1",
+        key_variables=("XAI_API_KEY",),
+        price_name="x-ai",
+        trace_name="x_ai",
+    ),
     # OLLAMA_API_KEY belongs to ollama.com, not to the server at OLLAMA_HOST: it is not sent there.
     Host(
         "ollama",

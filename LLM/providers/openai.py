@@ -137,6 +137,18 @@ def decoder(call: Call) -> ChatDecoder:
     return ChatDecoder(call)
 
 
+def output_limit(call: Call) -> int | None:
+    """The most tokens that it may answer with: of all choices, of all prompts."""
+    limit = base.limit_in(call, "max_completion_tokens", "max_tokens")
+    if limit is None:
+        return None
+    choices = max(base.limit_in(call, "n") or 1, base.limit_in(call, "best_of") or 1)
+    prompts = 1
+    if call.endpoint == "completion" and isinstance(call.subject, list):
+        prompts = sum(not isinstance(part, int) for part in call.subject) or 1
+    return limit * choices * prompts
+
+
 class _ChoiceFold:
     """One choice of a stream, as far as it came."""
 

@@ -68,6 +68,21 @@ def find_target(config: LLMConfig, model: str | None = None, provider: str | Non
     return Target(COMPATIBLE, versioned(config.base_url), wanted, key)
 
 
+def fallback_target(config: LLMConfig, choice: str | LLMConfig) -> Target:
+    """The target of a fallback.
+
+    A known prefix chooses the host, also beside an explicit `base_url`: another model of the same
+    server bears none, unless that server routes.
+    """
+    if isinstance(choice, LLMConfig):
+        return find_target(choice)
+    found = host_of_model(choice) if isinstance(choice, str) else None
+    if found is not None and not find_target(config).host.routes:
+        host, name = found
+        return _at_its_own_address(config, host, name, main=host.name == config.provider)
+    return find_target(config, choice)
+
+
 def _at_its_own_address(config: LLMConfig, host: Host, model: str, *, main: bool = False) -> Target:
     """A known host where it is, with its key: the config's if `main`, else its own.
 
