@@ -16,6 +16,7 @@ from LLM.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from LLM.client import LLM as LLM
+    from LLM.clock import Clock as Clock
     from LLM.config import LLMConfig as LLMConfig
     from LLM.errors import (
         Attempt as Attempt,
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
     )
     from LLM.errors import (
         LLMNotFoundError as LLMNotFoundError,
+    )
+    from LLM.errors import (
+        LLMOutputError as LLMOutputError,
     )
     from LLM.errors import (
         LLMQuotaError as LLMQuotaError,
@@ -156,6 +160,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "LLM.client": ("LLM",),
+    "LLM.clock": ("Clock",),
     "LLM.config": ("LLMConfig",),
     "LLM.errors": (
         "Attempt",
@@ -172,6 +177,7 @@ _MODULES = {
         "LLMError",
         "LLMInvalidRequestError",
         "LLMNotFoundError",
+        "LLMOutputError",
         "LLMQuotaError",
         "LLMRateLimitError",
         "LLMResponseError",

@@ -89,7 +89,7 @@ def _discard_output() -> None:
 
 @contextmanager
 def _narrated(*, verbose: bool) -> Iterator[None]:
-    """Say on stderr why a call takes long; with `verbose`, all that the client logs."""
+    """Say on stderr what is wrong, and why a call takes long; with `verbose`, all that the client logs."""
     log = logging.getLogger("LLM")
     handler, level = _Narrator(verbose=verbose), log.level
     log.addHandler(handler)
@@ -108,10 +108,13 @@ class _Narrator(logging.Handler):
         self._verbose = verbose
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A retry is the one thing that a waiting person must know of; failures are told by themselves.
-        retrying = record.levelno == logging.DEBUG and str(record.msg).startswith("attempt ")
-        if self._verbose or (retrying and sys.stderr.isatty()):
-            print(f"({one_line(record.getMessage())})", file=sys.stderr)
+        # A retry is what a waiting person must know of; failures are told by themselves.
+        kind, text = str(record.msg), one_line(record.getMessage())
+        retrying = record.levelno == logging.DEBUG and kind.startswith("attempt ")
+        if record.levelno >= logging.WARNING and not kind.startswith("call failed "):
+            print(f"warning: {text}", file=sys.stderr)
+        elif self._verbose or (retrying and sys.stderr.isatty()):
+            print(f"({text})", file=sys.stderr)
 
 
 # The arguments.
@@ -152,6 +155,7 @@ def _command_hint(typed: str) -> str:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
+    argv = _with_days(argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
         parser.error(f"{argv[0]} goes after the command, as in `{parser.prog} ask {argv[0]} …`")
     args, rest = parser.parse_known_args(argv, argparse.Namespace(verbose=False))
@@ -166,6 +170,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if getattr(args, "local", False) and hasattr(args, "base_url"):
         args.parser.error("--local brings an address of its own; leave out --base-url")
     return args
+
+
+def _with_days(argv: Sequence[str]) -> list[str]:
+    """`--since -1d` as one word: it is no option, and what is wrong with it should be said."""
+    words = list(argv)
+    for place, word in enumerate(words[:-1]):
+        if word == "--since" and re.match(r"-\d", words[place + 1]):
+            words[place : place + 2] = [f"{word}={words[place + 1]}"]
+            break
+    return words
 
 
 def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
@@ -361,7 +375,7 @@ def _one_of(*names: str) -> Callable[[str], str]:
         if text not in names:
             near = get_close_matches(text, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise argparse.ArgumentTypeError(f"{text!r} is none; {hint}")
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; {hint}")
         return text
 
     return checked

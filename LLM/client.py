@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from decimal import Decimal
-from typing import Any, Literal, NamedTuple, cast, get_args, overload
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, overload
 
 from LLM.clock import Clock
 from LLM.config import (
@@ -18,8 +19,9 @@ from LLM.config import (
     checked_seconds,
     checked_temperature,
 )
-from LLM.errors import LLMConfigError, LLMError
+from LLM.errors import LLMBudgetError, LLMConfigError, LLMError
 from LLM.forks import renew_after_fork
+from LLM.output import Asking, Output, OutputMode, Parsed, ParsedStream
 from LLM.pipeline import (
     Done,
     Job,
@@ -42,8 +44,8 @@ from LLM.policies.retry import RetryPolicy, RetryQuota, as_policy
 from LLM.policies.spending import Spending
 from LLM.policies.usage import UsageTotals
 from LLM.prices import Price, Pricing
-from LLM.providers.base import Call, Target
-from LLM.providers.hosts import known_host
+from LLM.providers.base import Call, Target, encode
+from LLM.providers.hosts import COMPATIBLE, known_host
 from LLM.providers.targets import address, fallback_target, find_target, provider_of
 from LLM.stream import Stream
 from LLM.telemetry import Hook, Hooks, logging_hook
@@ -64,6 +66,8 @@ from LLM.types import (
 )
 
 log = logging.getLogger("LLM")
+
+T = TypeVar("T")
 
 Messages = Iterable[Message | Mapping[str, Any]]
 OnError = Literal["raise", "event"]
@@ -91,6 +95,10 @@ _OF_THE_CLIENT = frozenset(
     "requests_per_minute retries retry_delay retry_jitter session tokens_per_minute usage_store "
     "verify".split()
 )
+
+
+# Fields of a body that are counted by themselves, or that the model never reads.
+_COUNTED = frozenset("messages prompt tools tool_choice stop model user metadata".split())
 
 
 def _check(name: str, check: Callable[[Any], object], value: Any) -> None:
@@ -123,6 +131,13 @@ def _unpickled(config: LLMConfig, retries: Any, fallbacks: Any = None) -> LLM:
 _NOT_PICKLED = ("rate_limiter", "budget", "cache", "hooks", "price", "usage_store")
 
 
+class _Block(NamedTuple):
+    """An open `with llm.budget(…)`, and the threads that were there before it."""
+
+    budget: Budget
+    before: weakref.WeakSet[threading.Thread]
+
+
 class _Ledger:
     """What a client counts and remembers; shared by the clients made `with_options` of it."""
 
@@ -130,7 +145,8 @@ class _Ledger:
         self.quota = RetryQuota()
         self.totals = UsageTotals(clock=clock)
         self.estimator = TokenEstimator()
-        self.budgets: tuple[Budget, ...] = ()  # of the open `with llm.budget(…)` blocks
+        self.output_modes: dict[tuple[str, str], str] = {}  # of `parse`; by address and model
+        self._blocks: tuple[_Block, ...] = ()
         self.after_fork()
         self.reset()
         renew_after_fork(self)
@@ -147,13 +163,24 @@ class _Ledger:
         with self._lock:
             self.calls += 1
 
-    def open(self, budget: Budget) -> None:
+    def open(self, budget: Budget) -> _Block:
+        """Note that a `with llm.budget(…)` block begins."""
+        block = _Block(budget, weakref.WeakSet(threading.enumerate()))
         with self._lock:
-            self.budgets = (*self.budgets, budget)
+            self._blocks = (*self._blocks, block)
+        return block
 
-    def close(self, budget: Budget) -> None:
+    def close(self, block: _Block) -> None:
         with self._lock:
-            self.budgets = tuple(other for other in self.budgets if other is not budget)
+            self._blocks = tuple(other for other in self._blocks if other is not block)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Those of the open blocks inside which this thread may have been started."""
+        if not self._blocks:
+            return ()
+        thread = threading.current_thread()
+        return tuple(block.budget for block in self._blocks if thread not in block.before)
 
     def note(self, outcome: Done | Stream | None) -> None:
         if outcome is not None:
@@ -215,7 +242,7 @@ def _fallbacks(given: Any, config: LLMConfig, clock: Clock) -> Any:
     policy = given if isinstance(given, FallbackPolicy) else None
     choices = given.models if policy else given
     if isinstance(choices, (str, LLMConfig)) or not isinstance(choices, Iterable):
-        raise LLMConfigError(f"fallbacks is {choices!r}; give a list of models")
+        raise LLMConfigError(f"fallbacks is one {type(choices).__name__}; give a list of models")
     found = [fallback_target(config, choice) for choice in choices]
     targets = {place_of(target): target for target in found}
     names = [place.name for place in targets]
@@ -240,6 +267,8 @@ def _hooks(given: Any, *_: Any) -> tuple[Hook, ...]:
     for hook in hooks:
         if not callable(hook):
             raise LLMConfigError(f"hooks holds {hook!r}, which is not a function")
+        if getattr(hook, "__name__", "") in ("audit", "otel"):
+            raise LLMConfigError(f"hooks holds {hook.__name__} itself; call it: {hook.__name__}(…)")
     return Hooks((logging_hook, *hooks))
 
 
@@ -685,8 +714,8 @@ class LLM:
         Raises:
             LLMConfigError: no models are given.
         """
-        if isinstance(models, str) or not models:
-            raise LLMConfigError(f"models is {models!r}; give a list of names")
+        if not models or isinstance(models, str) or not all(isinstance(m, str) for m in models):
+            raise LLMConfigError(f"models is {models!r:.80}; give a list of names")
         messages = _as_messages(messages_or_text)
         messages = list(messages) if isinstance(messages, Iterable) else messages
 
@@ -716,6 +745,118 @@ class LLM:
             running = [pool.submit(copy_context().run, ask, model) for model in models]
             return [future.result() for future in running]
 
+    def parse(
+        self,
+        messages_or_text: str | Messages,
+        output_type: type[T],
+        *,
+        mode: OutputMode = "auto",
+        max_attempts: int = 3,
+        **kwargs: Any,
+    ) -> T:
+        """Ask, and get the answer as an instance of a type.
+
+        An invalid answer is asked for again, with what is wrong with it.
+
+        Args:
+            messages_or_text: messages, or just what the user says.
+            output_type: a pydantic model, a dataclass, a `TypedDict`, `list[…]`, `Literal[…]`, `int` …
+            mode: `"schema"`: the server holds the model to the schema; `"tool"`: the model must call a
+                tool with the answer; `"prompt"`: it is told the schema. `"auto"`: the first of them
+                that the server takes.
+            max_attempts: answers of the model in all, at least 1.
+            kwargs: everything else that `chat_completion` takes but `stream`. A `deadline` bounds all
+                attempts together.
+
+        Raises:
+            LLMOutputError: `.reason` says why: the answer was `cut` or `refused`, or still `invalid`.
+            LLMConfigError: it cannot be asked like that; nothing was sent.
+            LLMError: a call failed. After an invalid answer, its cause is the `LLMOutputError`
+                with what was spent till then, unless it has a cause of its own.
+        """
+        asked = {"mode": mode, "max_attempts": max_attempts, **kwargs}
+        return self.parsed(messages_or_text, output_type, **asked).output
+
+    def parsed(
+        self,
+        messages_or_text: str | Messages,
+        output_type: type[T],
+        *,
+        mode: OutputMode = "auto",
+        max_attempts: int = 3,
+        **kwargs: Any,
+    ) -> Parsed[T]:
+        """As `parse`; the instance stands in `.output`, beside the response and what it took."""
+        asking, ask = self._asking(messages_or_text, output_type, mode, max_attempts, kwargs)
+        found = None
+        while found is None:
+            found = asking.answered(ask(self.chat_completion))
+        return found
+
+    def stream_parsed(
+        self,
+        messages_or_text: str | Messages,
+        output_type: type[T],
+        *,
+        mode: OutputMode = "auto",
+        max_attempts: int = 3,
+        **kwargs: Any,
+    ) -> ParsedStream[T]:
+        """As `parse`, and what is complete of the answer as it grows; the instance stands in `.output`.
+
+        Returns:
+            A `ParsedStream` whose first event has come.
+        """
+        asking, ask = self._asking(messages_or_text, output_type, mode, max_attempts, kwargs)
+        return ParsedStream(asking, lambda: ask(self.stream))
+
+    def _asking(
+        self, question: Any, output_type: type[T], mode: str, most: int, kwargs: dict[str, Any]
+    ) -> tuple[Asking[T], Callable[[Callable[..., Any]], Any]]:
+        """The question, and what makes its next call."""
+        kwargs = dict(kwargs)
+        deadline = kwargs.pop("deadline", UNSET)
+        deadline = self.config.deadline if deadline is UNSET else deadline
+        _check("deadline", checked_seconds, deadline)
+        end = None if deadline is None else self._clock.now() + deadline
+        target = self._target(kwargs.get("model"), kwargs.get("provider"))
+        others = self._policies["fallbacks"][1].values() if self._policies["fallbacks"] else ()
+        dialects = {target.host.dialect, *(other.host.dialect for other in others)}
+        # No schema is said in both dialects, but a tool is. And of the servers that borrow the rarer
+        # one, some ignore a schema silently (llama.cpp, 2026-11).
+        sure = len(dialects) == 1 and (
+            dialects == {COMPATIBLE.dialect} or target.base_url == target.host.base_url
+        )
+        modes, place = self._ledger.output_modes, (target.base_url, target.model)
+
+        def native(output: Output[Any]) -> dict[str, Any]:
+            if target.host.dialect != COMPATIBLE.dialect:
+                form = {"type": "json_schema", "schema": output.narrow_schema()}
+                return {"output_config": {"format": form}}
+            schema = {"name": output.name, "strict": output.strict, "schema": output.schema}
+            return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+        asking = Asking(
+            output_type,
+            _as_messages(question),
+            mode=mode,
+            max_attempts=most,
+            known=modes.get(place, "schema" if sure else "tool"),
+            remember=lambda found: modes.__setitem__(place, found),
+            native=native,
+            more=kwargs,
+        )
+
+        def ask(call: Callable[..., Any]) -> Any:
+            while True:
+                left = None if end is None else max(end - self._clock.now(), 0.001)
+                try:
+                    return call(**asking.request(), deadline=left)
+                except LLMError as error:
+                    asking.failed(error)
+
+        return asking, ask
+
     @property
     def usage(self) -> UsageTotals:
         """What all calls of this client took, by model; shared with the clients made of it."""
@@ -724,46 +865,45 @@ class LLM:
     @contextmanager
     def budget(
         self,
-        usd: Decimal | float | str | None = None,
+        usd: Budget | Decimal | float | str | None = None,
         *,
         tokens: int | None = None,
         requests: int | None = None,
-        warn_at: float | None = 0.8,
-        on_warn: Callable[[Budget], object] | None = None,
         **more: Any,
     ) -> Iterator[Budget]:
         """Bound what is spent inside the `with` block, by this and by any other client or agent.
 
         Before an attempt is sent the worst case is reserved: the counted prompt and `max_tokens`; it is
-        settled to the truth afterwards. What would not fit is refused. Nested, all must fit. The block
-        holds for this thread or task; of this client also for threads started inside.
+        settled to the truth afterwards. What would not fit is refused. Nested, all must fit.
+
+        The block holds for this thread or task, whichever client makes the call. For this client it
+        holds also for threads that are started while it is open: a thread cannot tell who started it,
+        so of several blocks that are open then, all count. A pool that was there before knows nothing
+        of the block; give its tasks the context (`contextvars.copy_context().run`).
 
         Args:
-            usd: US dollars; `None`: no such limit.
+            usd: US dollars; `None`: no such limit. Or a `Budget` that is there already.
             tokens: tokens, of prompts and answers.
             requests: attempts.
-            warn_at: the part of a limit at which to warn once; `None`: never.
-            on_warn: called with the budget; left out: a line in the log.
-            more: what else `Budget` takes: `unknown=`, `store=`, `name=`, `period=`.
+            more: what else `Budget` takes: `warn_at=`, `on_warn=`, `unknown=`, `store=`, `name=` …
 
         Raises:
             LLMBudgetError: raised by the calls inside that would not fit.
             LLMConfigError: a limit cannot be used.
         """
-        limits: dict[str, Any] = {
-            "tokens": tokens,
-            "requests": requests,
-            "warn_at": warn_at,
-            "on_warn": on_warn,
-        }
-        budget = Budget(usd, **limits, clock=self._clock, **more)
-        token = enter(budget)
-        self._ledger.open(budget)
+        if isinstance(usd, Budget):
+            if tokens is not None or requests is not None or more:
+                raise LLMConfigError("a Budget that is there already takes no further limits")
+            budget = usd
+        else:
+            budget = Budget(usd, tokens=tokens, requests=requests, clock=self._clock, **more)
+        entry = enter(budget)
+        opened = self._ledger.open(budget)
         try:
             yield budget
         finally:
-            self._ledger.close(budget)
-            leave(token)
+            self._ledger.close(opened)
+            leave(entry)
 
     @contextmanager
     def deadline(self, seconds: float | None) -> Iterator[None]:
@@ -893,7 +1033,12 @@ class LLM:
             if above is not None and not call.stream:
                 fold = (provider.output_limit(call) or 0) > above
                 call = call._replace(stream=fold)
-            if self._policies["rate_limiter"] is not None or self._budgets():
+            budgets = self._budgets()
+            if budgets and "model" in call.extra_body:
+                raise LLMBudgetError(
+                    "extra_body names another model, whose price is not looked at: give model="
+                )
+            if budgets or self._policies["rate_limiter"] is not None:
                 prompt, most = self._count(call), provider.output_limit(call)
         return Job(call, provider, provider.build(call), started, fold, cache, prompt, most)
 
@@ -904,14 +1049,26 @@ class LLM:
 
     def _count(self, call: Call, *, exact: bool = False) -> TokenCount:
         """The tokens of a prompt: an estimate, unless it must be exact."""
-        model, tools = call.target.model, call.params.get("tools")
-        return self._ledger.estimator.count(call.subject, model, tools=tools, exact=exact)
+        count, model = self._ledger.estimator.count, call.target.model
+        extra = call.extra_body
+        subject = (
+            extra.get("messages", extra.get("prompt", call.subject)) if extra else call.subject
+        )
+        tools = extra.get("tools", call.params.get("tools")) if extra else call.params.get("tools")
+        counted = count(subject, model, tools=tools, exact=exact)
+        # What else is read by the model: a schema, a system prompt of the dialect's own.
+        more = [
+            value
+            for name, value in (*call.params.items(), *extra.items())
+            if type(value) in (str, dict, list) and name not in _COUNTED
+        ]
+        return counted if not more else counted.plus(count(encode({"": more}).decode(), model))
 
     def _budgets(self) -> tuple[Budget, ...]:
         """The budgets that a call made here and now must fit.
 
-        A thread that was started inside a `with llm.budget(…)` block knows nothing of it; it must not
-        spend past it, so it is held to all such blocks of this client that are open.
+        A thread that was started inside a `with llm.budget(…)` block has no context that says so, and
+        must not spend past it.
         """
         found = active_budgets() or self._ledger.budgets
         own = self._policies["budget"]

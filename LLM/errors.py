@@ -28,6 +28,7 @@ class ErrorType(str, Enum):
     STREAM_ERROR = "stream_error"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
+    OUTPUT = "output"
     CONFIG_ERROR = "config_error"
     BUDGET = "budget"
     UNKNOWN = "unknown"
@@ -272,6 +273,36 @@ class LLMBudgetError(LLMError):
 
     error_type = ErrorType.BUDGET
     unsent = True
+
+
+class LLMOutputError(LLMError):
+    """The model answered, but not with what was asked for; see `LLM.parse`.
+
+    Attributes:
+        reason: `cut` (the answer reached its `max_tokens`), `refused` (the model would not), or `invalid`
+            (it is not what the schema says; also after it was told).
+        text: what the model said last.
+        usage: tokens of all attempts together; a part is `None` if one of them did not say.
+        cost: US dollars of all attempts together; `None` if unknown.
+    """
+
+    error_type = ErrorType.OUTPUT
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        reason: str = "invalid",
+        text: str = "",
+        usage: Any = None,
+        cost: Any = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message, **details)
+        self.reason = reason
+        self.text = text
+        self.usage = usage
+        self.cost = cost
 
 
 # Statuses where the same request may succeed later. 408 and 409 (lock timeout) as in the official

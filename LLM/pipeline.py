@@ -189,17 +189,20 @@ def fall_back(
                 return handler(job)
             wanted = place_of(job.call.target)
             search = policy.search([wanted, *targets])
+            history: tuple[Attempt, ...] = ()
             while True:
                 place = search.place
                 try:
                     outcome = handler(job if place == wanted else prepare(job, targets[place]))
                 except LLMError as error:
+                    history = error.history = (*history, *error.history)
                     if search.failed(error):
                         continue
                     error.fallbacks = search.tried
                     raise
                 search.succeeded()
-                outcome.info.fallbacks = search.tried
+                info = outcome.info
+                info.fallbacks, info.history = search.tried, (*history, *info.history)
                 return outcome
 
         return fallen_back
@@ -368,8 +371,11 @@ def afford(
                 else:
                     reservation.settle(Decimal(0), 0)
                 raise
-            except BaseException:
-                reservation.settle(None, None)
+            except BaseException as error:
+                if getattr(error, "unsent", False):
+                    reservation.release()
+                else:
+                    reservation.settle(None, None)
                 raise
 
             def settle(ending: Ending) -> None:
@@ -403,8 +409,8 @@ def pace(
                     deadline_at=job.call.deadline_at,
                     on_wait=lambda seconds: _waited(hooks, job, "rate_limit", seconds),
                 )
-            except LLMError as error:
-                error.unsent = True
+            except BaseException as error:  # also Ctrl-C, in a wait
+                error.unsent = True  # type: ignore[attr-defined]
                 raise
             try:
                 outcome = handler(job)
@@ -443,9 +449,11 @@ def exchange(transport: Transport, clock: Clock) -> Handler:
         call, provider = job.call, job.provider
         try:
             if call.deadline_at is not None and clock.now() >= call.deadline_at:
-                raise LLMTimeoutError(
+                late = LLMTimeoutError(
                     "the deadline had passed before anything was sent", clock="deadline"
                 )
+                late.unsent = True
+                raise late
             if not call.stream:
                 outcome: Any = parse_answer(job, transport.send(job.request, call))
             else:
@@ -578,6 +586,8 @@ def _finished(
         error=ending.error,
         cost_from=lambda: info.cost(usage),
         answer_from=ending.answer,
+        base_url=info.request.url if info.request else "",
+        fallbacks=info.fallbacks,
     )
 
 
@@ -597,6 +607,7 @@ def _failed(job: Job, error: LLMError, seconds: float) -> CallFinished:
         request_id=error.request_id,
         error=error,
         answer_from=lambda: partial,
+        fallbacks=error.fallbacks,
     )
 
 

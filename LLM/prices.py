@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Context, Decimal, DecimalException
+from difflib import get_close_matches
 from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 from LLM.clock import utc_now
 from LLM.errors import LLMConfigError
 from LLM.providers.hosts import COMPATIBLE, HOSTS, host_of_model
-from LLM.types import TokenUsage
+from LLM.types import UNSET, TokenUsage, Unset
 
 Number: TypeAlias = Decimal | float | str
 
@@ -86,7 +87,7 @@ class Price:
         batch: fraction of all these that a call in a batch costs; 0.5 at OpenAI and Anthropic (2026-11).
 
     Raises:
-        LLMConfigError: a price is negative or no number.
+        LLMConfigError: a price is missing, unknown, negative or no number.
     """
 
     input: Decimal
@@ -98,14 +99,17 @@ class Price:
 
     def __init__(
         self,
-        input: Number,  # noqa: A002 - the field's own word
-        output: Number,
+        input: Number | Unset = UNSET,  # noqa: A002 - the field's own word
+        output: Number | Unset = UNSET,
         *,
         cached: Number | None = None,
         cache_write: Number | None = None,
         reasoning: Number | None = None,
         batch: Number = 1,
+        **unknown: object,
     ) -> None:
+        if unknown or isinstance(input, Unset) or isinstance(output, Unset):
+            raise LLMConfigError(_not_a_price(unknown))
         given = {
             "input": input,
             "output": output,
@@ -138,6 +142,18 @@ class Price:
             _Rate(self.reasoning),
             factor=factor,
         )
+
+
+def _not_a_price(unknown: Mapping[str, object]) -> str:
+    taken = "input, output, cached, cache_write, reasoning, batch"
+    for name in sorted(unknown):
+        near = get_close_matches(name, taken.split(", "), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it takes {taken}"
+        return f"a Price knows no {name!r}: {hint}"
+    return (
+        f"a Price needs input and output, in US dollars per million tokens: Price(input=…, output=…); "
+        f"it takes {taken}"
+    )
 
 
 class _Rate(NamedTuple):
@@ -409,14 +425,36 @@ def context_window(model: str, provider: str | None = None) -> int | None:
 
     Args:
         model: its name; `provider/model` names the host too.
-        provider: the host's name; left out or `None`, the model's maker, as far as its name tells.
+        provider: the host's name; left out or `None`, the model's maker, as far as its name tells. What
+            the maker's own list lacks is taken from those of routers, if they agree.
 
     Returns:
         `None` if it is unknown: not in the data, a server of one's own, or no data (no extra).
     """
     info = _find(provider, model, or_its_maker=True)
     window = getattr(info, "context_window", None)
+    if window is None and provider is None and host_of_model(model) is None:
+        window = _window_among_routers(model)
     return window if isinstance(window, int) else None
+
+
+def _window_among_routers(model: str) -> int | None:
+    """What all say who list it as `maker/model`; `None` if they do not agree."""
+    try:
+        from genai_prices.data_snapshot import get_snapshot
+
+        rows = get_snapshot().providers
+    except ImportError:
+        return None
+    makers = {row.id for row in rows}
+    wanted = model.lower()
+    found = set()
+    for info in (info for row in rows for info in row.models):
+        maker, slash, name = info.id.lower().partition("/")
+        if slash and maker in makers and wanted in (name, f"{maker}/{name}"):
+            found.add(info.context_window)
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
 
 
 def _in_utc(at: datetime | None) -> datetime:

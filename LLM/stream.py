@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from LLM.errors import (
 )
 from LLM.providers import base
 from LLM.providers.base import Call, EventDecoder, Provider, WireResponse
+from LLM.reaper import REAPER
 from LLM.sse import EventTooLargeError, SSEDecoder
 from LLM.types import (
     Answer,
@@ -62,6 +64,7 @@ class _Source:
         self.callbacks: list[Callable[[Ending], None]] = []
         self.complete = False
         self.over = False
+        self._process = os.getpid()
         self._answer: Answer | None = None
 
     def end(self, error: LLMError | None = None) -> None:
@@ -72,6 +75,8 @@ class _Source:
         if self.over:
             return
         self.over = True
+        if self._process != os.getpid():
+            return  # a forked child forgets it; the parent still reads from the same socket
         self.wire.close()
         callbacks, self.callbacks = self.callbacks, []
         if not callbacks:
@@ -136,7 +141,11 @@ class Stream:
             self._wire = source.wire
             self.status = source.wire.status
             self._framing = SSEDecoder(source.call.max_response_bytes)
-            self._finalizer = weakref.finalize(self, source.end)
+            REAPER.begin()
+            self._finalizer = weakref.finalize(self, REAPER.take, source.end)
+            self._finalizer.atexit = (
+                False  # the process ends it all, and the reaper's thread with it
+            )
 
     @classmethod
     def open(
@@ -246,6 +255,10 @@ class Stream:
     def fallbacks(self) -> tuple[tuple[str, str], ...]:
         """The models that were tried before this one answered, each with the reason; mostly empty."""
         return self._info.fallbacks
+
+    def as_curl(self) -> str:
+        """The request as a command for a shell, the key as a variable."""
+        return self._info.as_curl()
 
     @property
     def provider(self) -> str | None:

@@ -107,6 +107,8 @@ class CallFinished(NamedTuple):
         error: the failure, `None` for a success.
         cost_from: what `cost_usd` asks; a price may have to be looked up first.
         answer_from: what `answer` asks.
+        base_url: where the host that answered is; `""` if none did.
+        fallbacks: what was tried before, and why it failed, as (model, reason).
     """
 
     call_id: str
@@ -124,6 +126,8 @@ class CallFinished(NamedTuple):
     error: LLMError | None = None
     cost_from: Callable[[], Decimal | None] | None = None
     answer_from: Callable[[], Any] | None = None
+    base_url: str = ""
+    fallbacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def cost_usd(self) -> Decimal | None:
@@ -334,6 +338,8 @@ class Audit:
             "duration_seconds": round(event.duration_seconds, 6),
             "time_to_first_token_seconds": event.time_to_first_token_seconds,
             "attempts": event.attempts,
+            # Without the reasons: they may quote what was said.
+            "tried_before": [model for model, _ in event.fallbacks],
             "prompt_tokens": usage and usage.prompt_tokens,
             "completion_tokens": usage and usage.completion_tokens,
             "total_tokens": usage and usage.total_tokens,

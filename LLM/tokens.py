@@ -57,6 +57,17 @@ class TokenCount(int):
         self._ratio = ratio
         return self
 
+    def plus(self, other: TokenCount) -> TokenCount:
+        """Both together."""
+        return TokenCount(
+            int(self) + int(other),
+            exact=self.exact and other.exact,
+            method=self.method,
+            unknown=self.unknown + other.unknown,
+            upper=self.upper + other.upper,
+            ratio=self._ratio,
+        )
+
 
 def count_tokens(
     messages_or_text: object, model: str = "gpt-4o", *, tools: Sequence[Any] | None = None
@@ -70,7 +81,8 @@ def count_tokens(
     Args:
         messages_or_text: text or a list of texts, a message or a list of messages (`Message`, or dicts in
             OpenAI's form).
-        model: as for a call: `gpt-4o`, `openai/gpt-4o`, `openrouter/openai/gpt-4o`.
+        model: as for a call: `gpt-4o`, `openai/gpt-4o`, `openrouter/openai/gpt-4o`; also `azure/gpt-4o`.
+            Capitals do not matter.
         tools: the tool definitions that are sent along; `None` for none. Their count is never exact.
 
     Returns:
@@ -91,6 +103,7 @@ def context_window(model: str, provider: str | None = None) -> int | None:
     Args:
         model: `gpt-4o`, `openai/gpt-4o`, `openrouter/openai/gpt-4o`.
         provider: who serves it; left out, what stands before the model's name, or whoever is known for it.
+            What that list lacks is taken from the maker's and from routers', if they agree.
 
     Returns:
         `None` if the model is unknown or the extra is not installed.
@@ -109,7 +122,7 @@ def context_window(model: str, provider: str | None = None) -> int | None:
     try:
         window = known(own, provider)
         # A host's own list may lack what its maker's has.
-        return known(_bare(own)) if window is None else window
+        return known(_bare(own.lower())) if window is None else window
     except LLMConfigError:  # the extra is missing
         return None
 
@@ -291,7 +304,7 @@ _VOCABULARIES = (
 
 # OpenAI's Cookbook, "How to count tokens with tiktoken" (2024-09): 3 tokens for each message, 1 for a
 # name, 3 that begin the answer. It speaks of these models; of later ones nothing is published.
-_PUBLISHED_CHAT = r"(ft:)?(gpt-3\.5-turbo(?!-0301)|gpt-4(?!\.)|gpt-4o)"
+_PUBLISHED_CHAT = r"(ft:)?(gpt-3\.?5-turbo(?!-0301)|gpt-4(?!\.)|gpt-4o)"
 _PER_MESSAGE = 3
 _PER_NAME = 1
 _PER_CHAT = 3
@@ -318,7 +331,7 @@ class _Facts(NamedTuple):
     @property
     def encoding(self) -> Any:
         """tiktoken's encoding, or a text that says why there is none."""
-        return _encoding_of(self.name) if self.vocabulary else "estimate"
+        return _encoding_of(self.name) if self.vocabulary else _no_vocabulary(self.name)
 
     @property
     def why(self) -> str:
@@ -332,10 +345,20 @@ def _check_model(model: object) -> None:
         raise LLMConfigError(f"model must be a name such as 'gpt-4o', not {model!r:.60}")
 
 
+# Who serves OpenAI's models under OpenAI's names, as other libraries write it before the name.
+_OTHER_PREFIXES = tuple("azure/ azure_ai/ github/ litellm/ litellm_proxy/".split())
+
+
 def _bare(model: str) -> str:
     """A model's own name: without hosts before it and a router's variant (`:free`) after it."""
-    while (found := host_of_model(model)) is not None:
-        model = found[1]
+    while True:
+        found = host_of_model(model)
+        if found is not None:
+            model = found[1]
+        elif model.startswith(_OTHER_PREFIXES):
+            model = model.partition("/")[2]
+        else:
+            break
     return model if model.startswith("ft:") else model.partition(":")[0]
 
 
@@ -356,7 +379,7 @@ def _facts_of(name: str) -> _Facts:
 
 def _facts(model: str) -> _Facts:
     _check_model(model)
-    return _facts_of(_bare(model))
+    return _facts_of(_bare(model.lower()))
 
 
 # --- reading a prompt ---
@@ -725,11 +748,15 @@ def _encoding_of(name: str) -> Any:
     try:
         from tiktoken.model import encoding_name_for_model
     except ImportError:
-        return "estimate (the extra [tokens] is not installed)"
+        return "estimate: the extra [tokens] is not installed"
     try:
         return _load(encoding_name_for_model(name))
     except KeyError:
-        return "estimate"  # a model whose vocabulary is not public
+        return _no_vocabulary(name)
+
+
+def _no_vocabulary(name: str) -> str:
+    return f"estimate: no vocabulary known for {name:.60}"
 
 
 @lru_cache(maxsize=8)
@@ -749,7 +776,7 @@ def _load(name: str) -> Any:
                 names[key] = FunctionType(value.__code__, names, key, value.__defaults__)
         return Encoding(**names[constructor.__name__]())
     except Exception as error:  # noqa: BLE001 - whatever another version does: we can still estimate
-        return f"estimate (no intact vocabulary {name} on this machine: {error})"
+        return f"estimate: no intact vocabulary {name} on this machine: {error}"
 
 
 def _vocabulary(url: str, expected_hash: str | None = None) -> dict[bytes, int]:

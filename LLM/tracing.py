@@ -140,7 +140,9 @@ class OpenTelemetry:
 
     def _describe(self, span: Any, event: CallFinished) -> None:
         # After a fallback it is another one than was asked first.
-        attributes: dict[str, Any] = {"gen_ai.provider.name": _name(event.provider)}
+        attributes: dict[str, Any] = {**_who(event), **_where(event)}
+        if event.fallbacks:
+            attributes["llm.tried_before"] = tuple(model for model, _ in event.fallbacks)
         found = {
             "gen_ai.response.model": event.response_model,
             "gen_ai.response.id": event.response_id,
@@ -169,8 +171,8 @@ class OpenTelemetry:
 
     def _measure(self, event: CallFinished, started: CallStarted | None) -> None:
         attributes = _who(event)
-        if started is not None and started.provider == event.provider:
-            attributes.update(_where(started))
+        same = started is not None and started.provider == event.provider
+        attributes.update(_where(event) or (_where(started) if started and same else {}))
         if event.response_model is not None:
             attributes["gen_ai.response.model"] = event.response_model
         usage = event.usage
@@ -213,7 +215,7 @@ def _who(event: CallStarted | CallFinished) -> dict[str, Any]:
     return who if event.endpoint == "models" else {**who, "gen_ai.request.model": event.model}
 
 
-def _where(event: CallStarted) -> dict[str, Any]:
+def _where(event: CallStarted | CallFinished) -> dict[str, Any]:
     address = urlsplit(event.base_url)
     if not address.hostname:
         return {}

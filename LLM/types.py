@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, WrapValidator, model_validator
 
-from LLM.errors import Attempt, LLMError
+from LLM.errors import Attempt, LLMConfigError, LLMError
 
 
 class Unset(Enum):
@@ -118,6 +118,17 @@ class AssistantMessage(Message):
     role: str = "assistant"
 
 
+_COUNTS = (
+    "prompt_tokens",
+    "completion_tokens",
+    "total_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+    "cache_write_tokens",
+)
+_ABSURD = 10**12  # tokens of one call
+
+
 class TokenUsage(Value):
     """Tokens of a call; `None` means unknown, which is not 0.
 
@@ -149,8 +160,12 @@ class TokenUsage(Value):
             )
         if flat.get("reasoning_tokens") is None:
             flat["reasoning_tokens"] = _get(completion, "reasoning_tokens", None)
-        parts = data.get("prompt_tokens"), data.get("completion_tokens")
-        if data.get("total_tokens") is None and all(isinstance(part, int) for part in parts):
+        for name in _COUNTS:  # nonsense is unknown: whoever adds up must not be set back by it
+            count = flat.get(name)
+            if type(count) is int and not 0 <= count < _ABSURD:
+                flat[name] = None
+        parts = flat.get("prompt_tokens"), flat.get("completion_tokens")
+        if flat.get("total_tokens") is None and all(isinstance(part, int) for part in parts):
             flat["total_tokens"] = sum(parts)
         return flat
 
@@ -221,6 +236,14 @@ class CallInfo:
             return Decimal(0)
         return self.prices.cost(self.provider, self.model, usage) if self.prices else None
 
+    def as_curl(self) -> str:
+        """The request as a command for a shell."""
+        if self.request is None:
+            raise LLMConfigError("no request was sent for this answer, so there is none to show")
+        from LLM.curl import as_curl
+
+        return as_curl(*self.request[:-1], variable=self.request.key_variable)
+
 
 class Ending(NamedTuple):
     """How a call ended, for those who waited for it.
@@ -272,14 +295,9 @@ class Answer(Value):
         """The request as a command for a shell, the key as a variable.
 
         Raises:
-            ValueError: nothing was sent: it came from the cache, or was made by hand.
+            LLMConfigError: nothing was sent: it came from the cache, or was made by hand.
         """
-        if self._info.request is None:
-            raise ValueError("no request was sent for this answer")
-        from LLM.curl import as_curl
-
-        request = self._info.request
-        return as_curl(*request[:-1], variable=request.key_variable)
+        return self._info.as_curl()
 
     @property
     def provider(self) -> str | None:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import timeit
-from datetime import date
+from contextlib import contextmanager
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 
 import pytest
@@ -301,23 +302,26 @@ def test_a_call_counts_in_the_period_in_which_it_was_sent(make):
 # Scopes
 
 
+@contextmanager
+def inside(budget):
+    token = enter(budget)
+    yield budget
+    leave(token)
+
+
 def test_a_budget_holds_inside_its_block_and_nests():
     outer, inner = Budget(1), Budget(2)
     assert active_budgets() == ()
-    with outer as entered:
-        assert entered is outer
-        with inner, outer:
+    with inside(outer):
+        with inside(inner), inside(outer):
             assert active_budgets() == (outer, inner, outer)
         assert active_budgets() == (outer,)
-        token = enter(inner)
-        assert active_budgets() == (outer, inner)
-        leave(token)
     assert active_budgets() == ()
 
 
 def test_another_thread_is_not_inside_unless_given_the_context():
     seen = []
-    with Budget(1) as budget:
+    with inside(Budget(1)) as budget:
         context = contextvars.copy_context()
         for target in (active_budgets, lambda: context.run(active_budgets)):
             thread = threading.Thread(target=lambda ask=target: seen.append(ask()))
@@ -614,10 +618,57 @@ def test_the_ledger_adds_up_by_day_and_model(url):
     assert (first.budget, first.provider, first.model) == ("", "openai", "a")
     assert (first.calls, first.cache_hits, first.unpriced, first.interrupted) == (4, 1, 1, 1)
     assert (first.prompt_tokens, first.completion_tokens, first.cached_tokens) == (21, 10, 4)
-    assert first.cost == Decimal("0.1000000001")
+    assert (first.cost, first.known_cost) == (None, Decimal("0.1000000001"))
     assert rows[2][:5] == ("1970-01-01", "trial", "", "", 1)
     assert Spending(url).by_day_and_model("1970-01-02") == rows[:1]
     assert Spending(url).by_day_and_model(since=date(1970, 1, 2)) == rows[:1]
+
+
+@pytest.mark.parametrize("facts", [{"cost": None}, {"complete": False}])
+def test_a_cost_that_is_unknown_of_any_call_is_none_and_not_0(url, facts):
+    spending = Spending(url)
+    spending.record("p", "m", usage(), CENT)
+    spending.record("p", "m", usage(), **{"cost": CENT, **facts})
+    spending.record("p", "free", usage(), cached=True, complete=False)
+    free, row = spending.by_day_and_model()
+    assert row.cost is None
+    assert row.known_cost == (CENT if "cost" in facts else 2 * CENT)
+    assert (free.cost, free.known_cost, free.interrupted) == (0, 0, 0)
+
+
+def test_the_first_day_is_said_as_on_the_command_line(url):
+    clock = FakeClock()
+    spending = Spending(url, clock=clock)
+    for _ in range(3):
+        spending.record("p", "m", usage(), CENT)
+        clock.sleep(86400)
+    spending.record("p", "m", usage(), CENT)  # on 1970-01-04
+
+    def days(since):
+        return [int(row.day[-2:]) for row in spending.by_day_and_model(since=since)]
+
+    assert days("1d") == [4]
+    assert days("3d") == days("1970-01-02") == days(date(1970, 1, 2)) == [4, 3, 2]
+    assert days(datetime(1970, 1, 3, 23, tzinfo=timezone(timedelta(hours=-2)))) == [4]
+    assert days(datetime(1970, 1, 3, 23)) == [4, 3]
+    assert days(None) == [4, 3, 2, 1]
+    for wrong in ("2026-1-1", "yesterday", "2026-02-30", "", "0d", "-1d", "7", "999999d", 7, "٣d"):
+        with pytest.raises(
+            LLMConfigError, match=r"^.+ is neither a day like 2026-11-01 nor days l"
+        ):
+            spending.by_day_and_model(since=wrong)
+
+
+@pytest.mark.parametrize("name", ["spend.db", "spend.sqlite", "./spend.sqlite3", "~/spend.db"])
+def test_a_store_may_be_named_by_its_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Spending(name).record("p", "m", usage(), CENT)
+    (file,) = tmp_path.glob("spend.*[be3]")
+    assert Spending(f"sqlite:///{file}").by_day_and_model()[0].cost == CENT
+    for wrong in ("spend", "postgres://host/spend.db"):
+        with pytest.raises(LLMConfigError, match="not the URL of a SQLite file"):
+            Spending(wrong)
 
 
 def test_threads_and_objects_write_to_one_ledger(url):

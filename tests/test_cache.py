@@ -223,6 +223,10 @@ def test_a_setting_that_makes_no_sense_is_refused_with_its_name_and_unit(setting
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(LLMConfigError, match=r"sqlite:///relative\.db"):
         ResponseCache("cache.db")
+    with pytest.raises(
+        LLMConfigError, match=r"^the cache 'sqlite:///' names no file: use 'sqlite:"
+    ):
+        ResponseCache("sqlite:///")
 
 
 def test_too_old_is_as_if_it_were_not_there(url, clock):
@@ -812,6 +816,55 @@ def test_32_threads_make_one_call(url):
         assert under_way(cache) == set()
 
 
+def test_who_waited_for_an_answer_and_got_it_did_not_miss(url):
+    """200 calls for 20 answers, ten at once for each: 20 misses and 180 hits, however they meet."""
+    with ResponseCache(url) as cache:
+        gate = threading.Barrier(10)
+
+        def ask():
+            for number in range(20):
+                key = str(number)
+                gate.wait(20)
+                if cache.get(key) is not None:
+                    continue
+                with cache.flight(key, until=None) as flight:
+                    if flight.waited and cache.get(key) is not None:
+                        continue
+                    time.sleep(0.002)
+                    cache.put(key, b"1")
+
+        in_threads(10, ask)
+        assert cache.stats()[:2] == (180, 20)
+
+
+def test_who_waited_in_vain_missed_once():
+    cache = ResponseCache()
+    leader = cache.flight("a", until=None)
+
+    def ask():
+        assert cache.get("a") is None
+        with cache.flight("a", until=None) as flight:
+            assert flight.waited
+            assert cache.get("a") is None
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_for(lambda: waiting(cache) == 1)
+    leader.done()
+    thread.join(20)
+    assert cache.stats()[:2] == (0, 1)
+
+
+def test_a_wait_takes_back_no_miss_but_its_own():
+    cache = ResponseCache()
+    assert cache.get("b") is None
+    cache.put("a", b"1")
+    for _ in range(2):
+        with cache.flight("a", until=None) as flight:
+            assert flight.waited
+    assert cache.stats()[:2] == (0, 1)
+
+
 def test_an_answer_that_came_between_look_and_flight_is_noticed(url):
     with ResponseCache(url) as cache:
         assert cache.get("a") is None
@@ -820,22 +873,32 @@ def test_an_answer_that_came_between_look_and_flight_is_noticed(url):
             assert flight.waited
 
 
-def test_when_the_leader_brings_nothing_the_next_in_line_leads():
+def test_when_the_leader_brings_nothing_all_who_waited_go_on_at_once():
+    """One after the other they would wait for a failing host as often as they are."""
     cache = ResponseCache()
     leader = cache.flight("a", until=None)
-    first = Follower(cache)
-    wait_for(lambda: waiting(cache) == 1)
-    second = Follower(cache)
+    first, second = Follower(cache), Follower(cache)
     wait_for(lambda: waiting(cache) == 2)
     leader.done()
-    wait_for(lambda: first.flight is not None)
-    assert (first.flight.leader, first.flight.waited) == (True, True)
-    assert second.flight is None
-    first.join()
-    wait_for(lambda: second.flight is not None)
-    assert second.flight.leader
-    second.join()
+    for follower in (first, second):
+        wait_for(lambda follower=follower: follower.flight is not None)
+        assert (follower.flight.alone, follower.flight.waited) == (True, True)
+        follower.join()
     assert under_way(cache) == set()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE entries SET used = 'x'", "UPDATE entries SET written = 'x'", "DELETE FROM totals"],
+)
+def test_a_damaged_row_spoils_no_call(tmp_path, damage):
+    with ResponseCache(f"sqlite:///{tmp_path}/cache.db", ttl=60) as cache:
+        cache.put("a", b"1")
+        cache._store.database.run(lambda connection: connection.execute(damage))
+        assert cache.get("a") in (None, b"1")
+        cache.put("b", b"2")
+        cache.flight("a", until=None).done()
+        assert cache.stats()
 
 
 def test_the_same_thread_never_waits_for_itself():
@@ -878,24 +941,6 @@ def test_without_a_deadline_a_forgotten_leader_is_waited_for_only_so_long(monkey
     follower.join()
     assert follower.flight.alone
     leader.done()
-
-
-def test_a_lead_that_comes_too_late_goes_to_the_next():
-    """The call and the end of patience cross: whoever was called must not keep the lead."""
-    cache = ResponseCache()
-    tower = cache._tower
-    leader = cache.flight("a", until=None)
-    seat = tower.seats["a"]
-    late = cache_module._Waiter()
-    seat.waiters.append(late)
-    follower = Follower(cache)
-    wait_for(lambda: waiting(cache) == 2)
-    leader.done()  # calls the late one
-    tower._leave("a", seat, late)
-    wait_for(lambda: follower.flight is not None)
-    assert follower.flight.leader
-    follower.join()
-    assert under_way(cache) == set()
 
 
 def test_a_leader_that_is_forgotten_is_done():

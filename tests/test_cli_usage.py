@@ -114,13 +114,13 @@ def test_a_chart_by_day_shows_idle_days_too(run, path):
 @pytest.mark.usefixtures("some")
 def test_by_day_or_by_model(run, report, path):
     assert [(row["day"], row["cost"]) for row in report("--by", "day")["rows"]] == [
-        ("2026-11-01", 5.0),
-        ("2026-11-04", 0.25),
+        ("2026-11-01", "5.00"),
+        ("2026-11-04", "0.25"),
     ]
     rows = report("--by", "model")["rows"]
     assert [(row["model"], row["calls"], row["cost"]) for row in rows] == [
-        ("anthropic/claude", 1, 3.0),
-        ("openai/gpt-4o", 3, 2.25),
+        ("anthropic/claude", 1, "3.00"),
+        ("openai/gpt-4o", 3, "2.25"),
     ]
     assert "US dollars by model\nanthropic/claude  █" in run("--store", path, "--by", "model")[1]
 
@@ -137,12 +137,33 @@ def test_json_has_the_rows_and_their_total(report, path):
         "prompt_tokens": 500,
         "completion_tokens": 50,
         "cached_tokens": 0,
-        "cost": 3.0,
+        "cost": "3.00",
+        "known_cost": "3.00",
         "unpriced": 0,
         "interrupted": 0,
     }
-    assert found["total"]["cost"] == sum(row["cost"] for row in found["rows"]) == 5.25
+    assert found["total"]["cost"] == found["total"]["known_cost"] == "5.25"
     assert found["budgets"] == []
+
+
+def test_json_loses_no_digit_and_tells_unknown_from_nothing(report, spend):
+    spend("2026-11-01", "openai/a", 100, 10, "12345678901234567890")
+    spend("2026-11-02", "openai/a", 100, 10, "0.00000000012345")
+    spend("2026-11-03", "openai/a", 100, 10, "1E-7")
+    spend("2026-11-03", "openai/a", 100, 10)
+    spend("2026-11-04", "local/a", 100, 10)
+    spend("2026-11-05", "local/a", 100, 10, "0.1", complete=False)
+    found = report()
+    assert [(row["cost"], row["known_cost"]) for row in found["rows"]] == [
+        ("12345678901234567890",) * 2,
+        ("0.00000000012345",) * 2,
+        (None, "0.0000001"),
+        (None, "0"),
+        (None, "0.1"),
+    ]
+    total = found["total"]
+    assert total["known_cost"] == "12345678901234567890.10000010012345"
+    assert total["cost"] is None
 
 
 @pytest.mark.usefixtures("some")
@@ -166,6 +187,8 @@ def test_what_is_no_day_is_said(run, path, text):
     code, out, err = run("--store", path, f"--since={text}")
     assert (code, out) == (2, "")
     assert f"{text!r} is neither a day" in err
+    if text == "-1d":
+        assert run("--store", path, "--since", text) == (code, out, err)
 
 
 def test_what_is_unknown_is_marked(run, spend, path):
@@ -188,6 +211,15 @@ def test_what_is_unknown_is_marked(run, spend, path):
     }
     assert "1 call came from our own cache, free.\n" in out
     assert "+ is the least it can be: 2 calls without a known price, 1 call interrupted.\n" in out
+
+
+def test_a_mark_that_is_not_there_is_not_explained(run, spend, path):
+    spend("2026-11-01", "local/a", 100, 10)
+    out = run("--store", path)[1]
+    assert "\n1 call without a known price.\n" in out
+    assert "+" not in out
+    spend("2026-11-02", "local/a", 100, 10, "1.00")  # in the sum of both days
+    assert "\n+ is the least it can be: 1 call without a known price.\n" in run("--store", path)[1]
 
 
 def test_small_sums_have_more_decimals(run, spend, path):
@@ -223,9 +255,11 @@ def test_budgets_of_the_store_are_shown(run, report, path):
     budget.reserve(Decimal("0.50"), 100).settle(Decimal("0.25"), 80)
     code, out, _ = run("--store", path)
     assert code == 0
-    assert "holds no calls\n" in out
+    assert out.startswith(f"{path}, days in UTC\n")
+    assert "holds no calls" not in out
     assert re.search(r"\nthesis  \d{4}-\d\d  +\$0\.25 +80 +1 +\$0\.00\n", out)
-    assert report()["budgets"][0]["cost"] == 0.25
+    assert report()["budgets"][0]["cost"] == "0.25"
+    assert "holds no calls since 2100-01-01\n" in run("--store", path, "--since", "2100-01-01")[1]
 
 
 @pytest.mark.usefixtures("some")
@@ -234,8 +268,9 @@ def test_the_store_is_named_by_path_url_or_environment(run, path, monkeypatch, t
     assert run("--store", f"sqlite:///{path}") == shown
     monkeypatch.chdir(tmp_path)
     assert run("--store", "spend.db") == shown
-    monkeypatch.setenv("LLM_USAGE_STORE", f"sqlite:///{path}")
-    assert run() == shown
+    for name in (f"sqlite:///{path}", "spend.db"):
+        monkeypatch.setenv("LLM_USAGE_STORE", name)
+        assert run() == shown
     monkeypatch.delenv("LLM_USAGE_STORE")
     pytest.importorskip("dotenv")
     (tmp_path / "my.env").write_text("LLM_USAGE_STORE=sqlite:///spend.db\n")
@@ -250,6 +285,35 @@ def test_what_the_command_line_asks_is_written_down(server, path, report, monkey
     total = report()["total"]
     assert (total["calls"], total["prompt_tokens"]) == (3, 3)
     assert {row["model"].rpartition("/")[2] for row in report()["rows"]} >= {"one", "two"}
+
+
+def test_a_store_named_by_path_is_written_to(server, report, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_USAGE_STORE", "spend.db")
+    assert cli.main(["ask", "--base-url", server.url, "hello"]) == 0
+    capsys.readouterr()
+    assert report()["total"]["calls"] == 1
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("more", [[], ["-v"]])
+def test_what_could_not_be_written_down_is_said(server, monkeypatch, tmp_path, capsys, more):
+    monkeypatch.setenv("LLM_USAGE_STORE", f"sqlite:///{tmp_path}/none/x.db")
+    assert cli.main(["ask", "--base-url", server.url, *more, "hello"]) == 0
+    out, err = capsys.readouterr()
+    assert out
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert f"has no directory: create '{tmp_path}/none'" in warnings[0]
+    assert more or err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("run")
+def test_a_failure_is_told_once(server, capsys):
+    assert cli.main(["ask", "--base-url", f"{server.url}/nowhere", "hello"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
 def test_without_a_store_one_line_says_how_to_get_one(run):
@@ -292,7 +356,7 @@ def test_what_is_no_store_is_said(run, tmp_path):
 
 def test_what_cannot_be_asked_for_is_said(run):
     assert "did you mean 'day'?" in run("--by", "days")[2]
-    assert "there are day, model, both" in run("--by", "hour")[2]
+    assert "'hour' is unknown; there are day, model, both" in run("--by", "hour")[2]
 
 
 @pytest.mark.usefixtures("some")

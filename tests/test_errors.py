@@ -30,6 +30,7 @@ from LLM.errors import (
     LLMError,
     LLMInvalidRequestError,
     LLMNotFoundError,
+    LLMOutputError,
     LLMQuotaError,
     LLMRateLimitError,
     LLMResponseError,
@@ -59,6 +60,7 @@ TREE = {
     LLMQuotaError: (LLMRateLimitError, Exception, "quota", False),
     LLMServerError: (LLMAPIError, Exception, "server_error", True),
     LLMResponseError: (LLMAPIError, Exception, "invalid_response", False),
+    LLMOutputError: (LLMError, Exception, "output", False),
     LLMBudgetError: (LLMError, Exception, "budget", False),
 }
 ALL = [LLMError, *TREE]

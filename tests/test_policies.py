@@ -1,8 +1,10 @@
 """What a client does with its policies: paced, budgeted, remembered, priced, and another model asked."""
 
+import contextvars
 import gc
 import json
 import logging
+import os
 import pickle
 import threading
 import time
@@ -27,9 +29,10 @@ from LLM import (
     RateLimiter,
     ResponseCache,
 )
+from LLM.policies.spending import Amount
 from LLM.telemetry import AttemptFailed, CallFinished, CallStarted, Waited
 from LLM.testing import LocalServer
-from tests.fakes import FakeClock, chunk, hang_up, raw_server, stream_head
+from tests.fakes import FakeClock, chunk, hang_up, http, raw_server, stream_head
 
 MESSAGES = [{"role": "user", "content": "Hello there!"}]
 PRICE = Price(input=1, output=2)  # dollars per million tokens
@@ -45,6 +48,14 @@ def llm(server):
 
 def ask(llm, text="Hello there!", **options):
     return llm.chat_completion([{"role": "user", "content": text}], **options)
+
+
+def wait_until(true, seconds=10):
+    """What another thread does soon."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def cut_after(events):
@@ -207,6 +218,38 @@ def test_two_threads_with_budgets_of_their_own_do_not_pay_for_each_other(server,
         assert list(pool.map(alone, range(2))) == [1, 1]
 
 
+def test_a_thread_that_was_there_before_pays_for_nobody(server, llm):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # the thread of a service
+        with llm.budget(requests=1) as budget:
+            pool.submit(ask, llm).result()
+            assert budget.spent_requests == 0
+            with ThreadPoolExecutor(1) as inside:
+                inside.submit(ask, llm).result()
+                with pytest.raises(LLMBudgetError):
+                    inside.submit(ask, llm).result()
+
+
+def test_the_context_takes_a_budget_into_any_thread(server, llm):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        with llm.budget(requests=1) as budget:
+            pool.submit(contextvars.copy_context().run, ask, llm).result()
+            assert budget.spent_requests == 1
+
+
+def test_a_budget_that_is_there_already_can_be_opened_again(server, llm):
+    budget = Budget(requests=2)
+    for _ in range(2):
+        with llm.budget(budget) as opened:
+            assert opened is budget
+            ask(llm)
+    with llm.budget(budget), pytest.raises(LLMBudgetError):
+        ask(llm)
+    with pytest.raises(LLMConfigError, match="no further limits"), llm.budget(budget, tokens=5):
+        pass
+
+
 def test_a_clients_own_budget_holds_for_all_its_calls(server):
     with LLM(base_url=server.url, budget=Budget(requests=1)) as llm:
         ask(llm)
@@ -278,7 +321,7 @@ def test_an_abandoned_stream_is_settled_when_nobody_holds_it(server, llm):
         next(stream)
         del stream
         gc.collect()
-        assert budget.reserved_usd == 0
+        wait_until(lambda: budget.reserved_usd == 0)
         assert budget.uncertain_usd > 0
 
 
@@ -614,6 +657,19 @@ def test_a_request_that_is_wrong_is_wrong_everywhere(server):
     assert len(server.requests) == 1
 
 
+def test_the_attempts_of_all_models_are_counted(server, elsewhere):
+    events = []
+    spare = LLMConfig(base_url=elsewhere.url, model="spare")
+    options = {"fallbacks": [spare], "max_retries": 1, "clock": FakeClock(), "hooks": events.append}
+    with LLM(base_url=server.url, **options) as llm:
+        server.reply(status=503)
+        server.reply(status=503)
+        answer = ask(llm)
+    assert [attempt.status for attempt in answer.history] == [503, 503, 200]
+    assert events[-1].base_url.startswith(elsewhere.url)
+    assert [model for model, _ in events[-1].fallbacks] == ["openai-compatible/gpt-4"]
+
+
 def test_when_all_fail_the_error_says_what_was_tried(server):
     with LLM(base_url=server.url, model="a", fallbacks=["b"], max_retries=0) as llm:
         server.reply(status=503)
@@ -685,18 +741,19 @@ def test_a_failed_call_is_told_too(server):
 def test_a_request_can_be_shown_as_a_command(server):
     with LLM(base_url=server.url, api_key="sk-very-secret-key") as llm:
         command = ask(llm).as_curl()
-        streamed = llm.stream(MESSAGES).response.as_curl()
-    for shown in (command, streamed):
-        assert shown.startswith("curl")
-        assert "Hello there!" in shown
-        assert "$LLM_API_KEY" in shown
-        assert "sk-very-secret-key" not in shown
+        stream = llm.stream(MESSAGES)
+        shown = [command, stream.as_curl(), stream.response.as_curl()]
+    for line in shown:
+        assert line.startswith("curl")
+        assert "Hello there!" in line
+        assert "$LLM_API_KEY" in line
+        assert "sk-very-secret-key" not in line
 
 
 def test_an_answer_from_the_cache_has_no_request_to_show(server):
     with LLM(base_url=server.url, cache=":memory:") as llm:
         ask(llm)
-        with pytest.raises(ValueError, match="no request"):
+        with pytest.raises(LLMConfigError, match="no request"):
             ask(llm).as_curl()
 
 
@@ -768,7 +825,7 @@ def test_a_model_that_fails_is_compared_too(server):
     assert second.error.status_code == 404
 
 
-@pytest.mark.parametrize("models", ["a", [], None])
+@pytest.mark.parametrize("models", ["a", [], None, [{"role": "user"}]])
 def test_without_models_nothing_can_be_compared(llm, models):
     with pytest.raises(LLMConfigError, match="models"):
         llm.compare(models, "Hello!")
@@ -830,3 +887,154 @@ def test_what_was_spent_is_written_down(server, tmp_path):
         ask(llm)
     (row,) = Spending(url).by_day_and_model()
     assert row.cost == COST
+
+
+# What was found by trying to break it
+
+
+def test_a_forgotten_stream_never_waits_for_a_lock_of_its_own_thread(server, llm):
+    """Garbage is collected anywhere, also inside a budget's lock; the end of a stream must not run there."""
+    budget = Budget(requests=10**6)
+    with llm.budget(budget):
+        stream = llm.stream(MESSAGES)
+        next(stream)
+        with budget._book._lock:
+            del stream
+            gc.collect()
+        wait_until(lambda: budget.reserved_requests == 0)
+
+
+def test_a_forked_child_leaves_the_parents_stream_alone(server, llm):
+    server.token_delay = 0.05
+    stream = llm.stream(MESSAGES)
+    first = next(stream)
+    child = os.fork()
+    if child == 0:
+        del stream
+        gc.collect()
+        time.sleep(0.1)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert first.text_delta + "".join(e.text_delta or "" for e in stream)
+    assert stream.error is None
+
+
+def test_blocks_of_generators_end_in_any_order(server, llm):
+    def conversation():
+        with llm.budget(requests=2):
+            yield ask(llm)
+
+    first, second = conversation(), conversation()
+    next(first), next(second)
+    first.close()
+    second.close()
+    ask(llm)
+    abandoned = conversation()
+    next(abandoned)
+    thread = threading.Thread(target=abandoned.close)
+    thread.start()
+    thread.join()
+    ask(llm)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {
+            "extra_body": {
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "description": "word " * 3000}}
+                ]
+            }
+        },
+        {"extra_body": {"messages": [{"role": "user", "content": "word " * 3000}]}},
+        {"extra_body": {"system": "word " * 3000}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"description": "word " * 3000},
+            }
+        },
+        {"extra_body": {"max_tokens": 3000}},
+    ],
+)
+def test_all_that_the_model_reads_is_reserved_for(server, llm, more):
+    with llm.budget(tokens=2000), pytest.raises(LLMBudgetError):
+        ask(llm, max_tokens=10, **more)
+
+
+def test_under_a_budget_the_model_cannot_be_swapped_in_the_body(server, llm):
+    with llm.budget(usd=1), pytest.raises(LLMBudgetError, match="model="):
+        ask(llm, max_tokens=10, extra_body={"model": "dear"})
+
+
+@pytest.mark.parametrize("absurd", [-100_005, 10**19])
+def test_nonsense_in_a_usage_is_unknown_and_gives_nothing_back(llm, absurd):
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": absurd}
+    message = {"role": "assistant", "content": "Hi"}
+    body = json.dumps({"id": "1", "choices": [{"message": message}], "usage": usage}).encode()
+    with raw_server(lambda connection, _: connection.sendall(http(body))) as raw:
+        with LLM(base_url=raw.url) as client, client.budget(tokens=1000) as budget:
+            answer = ask(client, max_tokens=10)
+            assert answer.usage.total_tokens == 2
+            assert budget.spent_tokens == 2
+    reservation = budget.reserve(None, 10)
+    reservation.settle(None, absurd)
+    assert budget.spent_tokens == 12
+
+
+def test_ctrl_c_while_waiting_for_a_permit_costs_nothing(server):
+    class Impatient(FakeClock):
+        def sleep(self, seconds):
+            raise KeyboardInterrupt
+
+    clock = Impatient()
+    limiter = RateLimiter(1, None, clock=clock)
+    with LLM(base_url=server.url, rate_limiter=limiter, clock=clock) as llm:
+        with llm.budget(requests=5) as budget:
+            ask(llm)
+            with pytest.raises(KeyboardInterrupt):
+                ask(llm)
+        assert (budget.spent_requests, budget.reserved_requests) == (1, 0)
+
+
+def test_a_deadline_that_is_over_costs_nothing(server, llm):
+    clock = FakeClock()
+    with LLM(base_url=server.url, clock=clock) as llm, llm.budget(requests=5) as budget:
+        with llm.deadline(1):
+            clock.time += 2
+            with pytest.raises(LLMTimeoutError) as caught:
+                ask(llm)
+        assert budget.spent_requests == 0
+        assert caught.value.attempts == 0
+
+
+def test_a_warning_that_ends_the_program_leaves_no_reservation_behind(server, llm):
+    def stop(_):
+        raise SystemExit
+
+    second = Budget(requests=10)
+    with llm.budget(second), llm.budget(requests=3, warn_at=0.1, on_warn=stop):
+        with pytest.raises(SystemExit):
+            ask(llm)
+    assert (second.reserved_requests, second.spent_requests) == (0, 1)
+
+
+def test_a_truth_that_cannot_be_written_holds_up_no_other(tmp_path):
+    budget = Budget(usd=10, store=f"sqlite:///{tmp_path}/spend.db")
+    wrong = budget.reserve(Decimal(1), 10)
+    budget.store.settle(budget.name, wrong._receipt, Amount(Decimal(1), 2**70, 1), Decimal(0))
+    for _ in range(3):
+        budget.reserve(Decimal("0.1"), 10).settle(Decimal("0.1"), 5)
+    assert budget.spent_usd == Decimal("0.3")
+
+
+def test_who_waits_for_a_failing_host_does_not_wait_in_a_row(server):
+    server.reply(lambda _: {"status": 500})
+    server.latency = 0.3
+    with LLM(base_url=server.url, cache=":memory:", max_retries=0) as llm:
+        started = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda _: llm.generate("Hello there!"), range(8)))
+    assert not any(reply.success for reply in replies)
+    assert time.monotonic() - started < 1.8  # eight in a row take 2.4 s

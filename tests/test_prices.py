@@ -2,11 +2,13 @@
 
 import decimal
 import pickle
+import re
 import subprocess
 import sys
 import timeit
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from types import SimpleNamespace
 
 import genai_prices
 import pytest
@@ -200,6 +202,22 @@ def test_a_price_that_is_none_is_refused(wrong):
             Price(**{"input": 1, "output": 1, **arguments})
 
 
+@pytest.mark.parametrize(
+    "values, settings, message",
+    [
+        ((), {"input": 1, "output": 2, "cache": 3}, "knows no 'cache': did you mean 'cached'?"),
+        ((1, 2), {"cached_input": 1}, "knows no 'cached_input': "),
+        ((1, 2), {"xyz": 1}, "knows no 'xyz': it takes input, output, cached, cache_write, reason"),
+        ((1,), {}, "needs input and output, in US dollars per million tokens: Price(input=…, out"),
+        ((), {"output": 1}, "needs input and output"),
+        ((), {}, "needs input and output"),
+    ],
+)
+def test_a_price_says_what_it_takes(values, settings, message):
+    with pytest.raises(LLMConfigError, match=f"^a Price {re.escape(message)}"):
+        Price(*values, **settings)
+
+
 @pytest.mark.parametrize("wrong", [1, "1", {"gpt-4o": 1}, {"gpt-4o": (1, 2)}])
 def test_pricing_wants_prices(wrong):
     with pytest.raises(LLMConfigError, match=r"Price\(input=…, output=…\)"):
@@ -376,10 +394,37 @@ def test_a_price_costs_less_than_ten_microseconds():
         ("gpt-4o", "ollama", None),
         ("gpt-4o", "openai-compatible", None),
         ("gpt-4o", "nobody", None),
+        ("gemini-2.5-pro", None, 1_048_576),  # not in Google's own list, but in a router's
+        ("Gemini-2.5-Pro", None, 1_048_576),
+        ("google/gemini-2.5-pro", None, 1_048_576),
+        ("gemini-2.5-pro", "gemini", None),
+        ("nobody/gemini-2.5-pro", None, None),
     ],
 )
 def test_context_windows_come_from_the_data(model, provider, window):
     assert context_window(model, provider) == window
+
+
+def test_a_window_on_which_the_lists_do_not_agree_is_unknown(monkeypatch):
+    from genai_prices import data_snapshot
+
+    def row(name, *models):
+        return SimpleNamespace(
+            id=name, models=[SimpleNamespace(id=m, context_window=w) for m, w in models]
+        )
+
+    class Snapshot:
+        providers = (
+            row("maker", ("m", None), ("n", None)),
+            row("one", ("maker/m", 100), ("maker/n", 100), ("stranger/p", 5)),
+            row("two", ("maker/m", 200), ("maker/n", None), ("n", 7)),
+        )
+
+        def find_provider_model(self, *_):
+            raise LookupError
+
+    monkeypatch.setattr(data_snapshot, "get_snapshot", Snapshot)
+    assert [context_window(name) for name in ("m", "n", "p")] == [None, 100, None]
 
 
 def test_without_the_extra_only_ones_own_prices_are_known():

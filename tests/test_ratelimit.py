@@ -1,6 +1,8 @@
 """Requests and tokens per minute: never too much, never longer than needed, in order, for all threads."""
 
+import dataclasses
 import os
+import pickle
 import threading
 import time
 
@@ -140,14 +142,25 @@ class TestTheMinute:
 
 
 class TestPermits:
-    @pytest.mark.parametrize(
-        "used, wait", [(10, 0), (0, 0), (100, 60), (None, 60), (500, 60), (-3, 0)]
-    )
+    @pytest.mark.parametrize("used, wait", [(10, 0), (0, 0), (100, 60), (None, 60), (500, 60)])
     def test_the_estimate_is_corrected_to_what_was_used(self, clock, used, wait):
         limiter = RateLimiter(None, 100, clock=clock)
         permit = limiter.acquire(100)
         permit.correct(used)
         assert waited(limiter, 50) == wait
+
+    @pytest.mark.parametrize("used", [-1000, -1, "5", 1.5, True, []])
+    def test_what_was_used_is_a_whole_number(self, clock, used):
+        limiter = RateLimiter(60, 1000, clock=clock)
+        permit = limiter.acquire(100)
+        for say in (permit.correct, limiter.record_tokens):
+            with pytest.raises(LLMConfigError, match="used tokens must be a whole number from 0"):
+                say(used)
+        with pytest.raises(LLMConfigError):
+            limiter.record_tokens(None)
+        assert limiter.get_current_usage() == (1, 100)
+        limiter.record_tokens(7)  # the permit is still open
+        assert limiter.get_current_usage() == (1, 7)
 
     def test_more_than_the_limit_is_counted_as_it_is(self, clock):
         limiter = RateLimiter(None, 100, clock=clock)
@@ -194,6 +207,48 @@ class TestPermits:
         assert limiter.get_current_usage() == (1, 900)
         assert limiter.wait_time_needed(200) == 60
 
+    def test_tokens_are_recorded_for_the_oldest_open_permit(self, clock):
+        limiter = RateLimiter(60, 1000, clock=clock)
+        for _ in range(3):
+            limiter.acquire(100)
+        for left in (210, 120, 30):
+            limiter.record_tokens(10)
+            assert limiter.get_current_usage() == (3, left)
+        limiter.record_tokens(10)  # nothing is open any more
+        assert limiter.get_current_usage() == (3, 40)
+
+    @pytest.mark.parametrize(
+        "close, left",
+        [
+            (lambda p: p.correct(5), 5),
+            (lambda p: p.correct(None), 100),
+            (lambda p: p.refused(0), 0),
+            (lambda p: p.release(), 0),
+        ],
+    )
+    def test_a_permit_of_which_all_is_said_is_not_open(self, clock, close, left):
+        """A client in the same thread corrects its permits itself."""
+        limiter = RateLimiter(60, 1000, clock=clock)
+        mine = limiter.acquire(200)
+        close(limiter.acquire(100))
+        limiter.record_tokens(20)
+        assert limiter.get_current_usage().tokens == 20 + left
+        close(mine)  # said twice: also that is the permit's own
+        limiter.record_tokens(1)
+        assert len(limiter._own.permits) == 0
+
+    def test_open_permits_are_bounded_and_those_of_another_minute_forgotten(self, clock):
+        limiter = RateLimiter(None, None, clock=clock)
+        for _ in range(2 * ratelimit.OPEN_PERMITS):
+            limiter.acquire(1)
+        assert len(limiter._own.permits) == ratelimit.OPEN_PERMITS
+        for _ in range(3):
+            limiter.acquire(1).correct(1)
+        clock.sleep(61)
+        limiter.acquire(50)
+        limiter.record_tokens(5)
+        assert limiter.get_current_usage() == (1, 5)
+
     def test_tokens_are_recorded_for_the_threads_own_permit(self, clock):
         limiter = RateLimiter(60, 1000, clock=clock)
         limiter.acquire(500)
@@ -209,8 +264,8 @@ class TestSettings:
     def test_a_limit_that_makes_no_sense_is_refused(self, name, value):
         with pytest.raises(LLMConfigError, match=f"^{name} must be a whole number from 1 up, or N"):
             RateLimiter(**{name: value})
-        with pytest.raises(LLMConfigError):
-            TokenAwareRateLimiter(RateLimitConfig(**{name: value}))
+        with pytest.raises(LLMConfigError, match=f"^{name} must be a whole number from 1 up, or N"):
+            RateLimitConfig(**{name: value})
 
     def test_a_whole_number_may_be_written_with_a_point(self):
         assert RateLimiter(60.0, 1e5).tokens_per_minute == 100_000
@@ -227,6 +282,18 @@ class TestSettings:
     def test_other_settings_are_checked(self, settings):
         with pytest.raises(LLMConfigError):
             RateLimiter(**settings)
+
+    def test_a_config_is_checked_at_once(self):
+        with pytest.raises(LLMConfigError, match=r"RateLimitConfig knows no rpm: it takes request"):
+            RateLimitConfig(rpm=1)
+        for wrong in ({"name": ""}, {"if_unavailable": "maybe"}):
+            with pytest.raises(LLMConfigError):
+                RateLimitConfig(**wrong)
+        config = RateLimitConfig(60.0, None, name="mine")
+        assert (config.requests_per_minute, config.tokens_per_minute) == (60, None)
+        assert config == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.name = "yours"
 
     def test_only_a_config_is_one(self):
         with pytest.raises(LLMConfigError, match="takes a RateLimitConfig, not int"):
@@ -666,6 +733,41 @@ class TestLearning:
         limiter = RateLimiter(2, 100, clock=clock)
         limiter.acquire().learn(ServerLimits(requests_limit=10_000, tokens_limit=10**6))
         assert [waited(limiter) for _ in range(2)] == [0, 60]
+
+    def test_a_servers_limit_for_less_than_a_minute_is_none_for_a_minute(self, clock):
+        """Two requests in two seconds: every third waits for the reset, and no minute."""
+        limiter = RateLimiter(1000, None, clock=clock)
+        waits = []
+        for number in range(8):
+            permit = limiter.acquire()
+            waits.append(round(permit.waited, 6))
+            permit.learn(ServerLimits(2, 1 - number % 2, 2))
+        assert waits == [0, 0, 2, 0, 2, 0, 2, 0]
+        clock.sleep(30)
+        assert waited(limiter) == 0
+
+    def test_a_short_limit_holds_while_no_new_answer_came(self, clock):
+        """After the reset there is as much as the limit again, for as long as the reset was."""
+        limiter = RateLimiter(1000, None, clock=clock)
+        limiter.acquire(10).learn(ServerLimits(3, 0, 4, 100, 0, 4))
+        assert [waited(limiter, 10) for _ in range(7)] == [4, 0, 0, 4, 0, 0, 4]
+        limiter.acquire(90)
+        assert waited(limiter, 20) == 4  # of tokens too
+
+    def test_a_limit_that_comes_back_bit_by_bit_is_one_for_a_minute(self, clock):
+        """OpenAI's reset is when all is there again: 2 of 50 are back after 2.4 s."""
+        limiter = RateLimiter(1000, None, clock=clock)
+        for left in (49, 48):
+            limiter.acquire().learn(ServerLimits(50, left, (50 - left) * 1.2))
+        clock.sleep(3)
+        assert [waited(limiter) for _ in range(49)] == [0] * 48 + [57]
+
+    def test_a_limit_that_is_changed_is_judged_anew(self, clock):
+        limiter = RateLimiter(1000, None, clock=clock)
+        limiter.acquire().learn(ServerLimits(2, 0, 2))
+        clock.sleep(2)
+        limiter.acquire().learn(ServerLimits(3))
+        assert [waited(limiter) for _ in range(2)] == [0, 58]
 
     def test_more_than_the_servers_whole_limit_is_sent_alone(self, clock):
         """An estimate is an estimate: the server may say no itself."""

@@ -462,3 +462,12 @@ class TestAddresses:
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == "set()"
+
+
+def test_something_else_under_its_name_is_said_so(url):
+    client = redis.Redis.from_url(url)
+    for part in ("entries", "counts", "queue", "tickets", "holds"):
+        client.set(f"LLM:ratelimit:taken:{part}", "mine")
+    client.close()
+    with pytest.raises(LLMConfigError, match="another name"):
+        RateLimiter(5, redis_url=url, name="taken").acquire()

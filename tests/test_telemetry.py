@@ -223,6 +223,7 @@ def test_one_line_a_call_says_what_it_took_and_not_what_was_said(path):
             "duration_seconds": 1.25,
             "time_to_first_token_seconds": None,
             "attempts": 2,
+            "tried_before": [],
             "prompt_tokens": 10,
             "completion_tokens": 5,
             "total_tokens": 15,

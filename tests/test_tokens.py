@@ -187,7 +187,7 @@ def no_package(monkeypatch, tmp_path, fresh):
 def test_without_a_vocabulary_it_is_an_estimate_that_says_so(no_package):
     counted = count_tokens("Hello, world!", "gpt-4o")
     assert not counted.exact
-    assert counted.method.startswith("estimate (no intact vocabulary o200k_base")
+    assert counted.method.startswith("estimate: no intact vocabulary o200k_base")
     assert list(no_package.iterdir()) == []
 
 
@@ -234,13 +234,13 @@ def test_another_tiktoken_that_fails_is_an_estimate(monkeypatch, fresh):
     import tiktoken.registry
 
     monkeypatch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", {})
-    assert count_tokens("Hello", "gpt-4o").method.startswith("estimate (no intact vocabulary")
+    assert count_tokens("Hello", "gpt-4o").method.startswith("estimate: no intact vocabulary")
 
 
 def test_without_the_extra_it_is_an_estimate_that_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken.model", None)
     counted = count_tokens("Hello, world!", "gpt-4o")
-    assert counted.method == "estimate (the extra [tokens] is not installed)"
+    assert counted.method == "estimate: the extra [tokens] is not installed"
     assert 0 < counted <= counted.upper
 
 
@@ -249,7 +249,24 @@ def test_without_the_extra_it_is_an_estimate_that_says_so(monkeypatch):
 )
 def test_a_vocabulary_that_is_not_public_is_estimated(model):
     counted = count_tokens("Hello, world!", model)
-    assert (counted.exact, counted.method) == (False, "estimate")
+    assert not counted.exact
+    assert counted.method == f"estimate: no vocabulary known for {model}"
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["GPT-4o", "OpenAI/GPT-4o", "openrouter/OpenAI/gpt-4o", "azure/gpt-4o", "Azure/openai/GPT-4O"],
+)
+def test_a_name_is_known_however_it_is_written(model):
+    counted = count_tokens("Hello, world!", model)
+    assert (counted, counted.exact, counted.method) == (4, True, "tiktoken o200k_base")
+    assert count_tokens([user("Hello")], model).exact
+    assert context_window(model) == 128_000
+
+
+def test_azures_own_name_of_an_old_model_is_known():
+    assert count_tokens([user("Hello")], "azure/gpt-35-turbo").method == "tiktoken cl100k_base"
+    assert count_tokens([user("Hello")], "azure/gpt-35-turbo").exact
 
 
 # --- estimates ---
@@ -697,6 +714,13 @@ def test_a_count_is_a_plain_value(again):
 @pytest.mark.parametrize("model", ["gpt-4o", "openai/gpt-4o", "openrouter/openai/gpt-4o"])
 def test_the_context_window_comes_from_the_price_data(model):
     assert context_window(model) == context_window("gpt-4o", "openai") == 128_000
+
+
+@pytest.mark.parametrize(
+    "model", ["gemini-2.5-pro", "gemini/gemini-2.5-pro", "google/gemini-2.5-pro"]
+)
+def test_a_window_that_the_makers_list_lacks_is_found_in_others(model):
+    assert context_window(model) == 1_048_576
 
 
 def test_an_unknown_window_is_none_and_a_model_without_a_name_an_error(monkeypatch):

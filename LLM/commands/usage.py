@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from decimal import Decimal
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +48,25 @@ def usage(args: argparse.Namespace) -> int:
         return OK
     screen = screen_for(args)
     since = f" since {args.since}" if args.since else ""
-    if rows:
+    if rows or (budgets and not since):
         screen.say(f"{path}{since}, days in UTC", "dim")
-        _show(rows, table, args.by, screen)
     else:
         screen.say(f"{path} holds no calls{since}")
+    if rows:
+        _show(rows, table, args.by, screen)
     if budgets:
         _show_budgets(budgets, screen)
     return OK
 
 
 def first_day(text: str) -> date:
-    """The day that `2026-11-01` names, or with which the last `7d` begin, today being one of them."""
-    days = re.fullmatch(r"(\d{1,5})d", text)
+    """What `--since` names; today is one of the last `7d`."""
+    from LLM.policies import spending
+
     try:
-        if days:
-            return utc_now().date() - timedelta(days=int(days[1]) - 1)
-        if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
-            return date.fromisoformat(text)
-    except ValueError:  # 2026-02-30
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a day like 2026-11-01 nor days like 7d")
+        return spending.first_day(text, utc_now().date())
+    except LLMConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _from_environment(args: argparse.Namespace) -> str:
@@ -104,26 +102,23 @@ def _place(where: str) -> tuple[str, str]:
     return url, path
 
 
-# What can be added up of the rows of the ledger.
+# The numbers of calls and tokens that can be added up of the rows of the ledger.
 _SUMS = (
     "calls",
     "cache_hits",
     "prompt_tokens",
     "completion_tokens",
     "cached_tokens",
-    "cost",
     "unpriced",
     "interrupted",
 )
 
 
 def _sums(rows: Sequence[Any]) -> dict[str, Any]:
-    from LLM.prices import ZERO
+    from LLM.prices import ZERO, add
 
-    return {
-        name: sum((getattr(row, name) for row in rows), ZERO if name == "cost" else 0)
-        for name in _SUMS
-    }
+    sums = {name: sum(getattr(row, name) for row in rows) for name in _SUMS}
+    return {**sums, "known_cost": reduce(add, (row.known_cost for row in rows), ZERO)}
 
 
 def _grouped(rows: Sequence[Any], by: str) -> list[dict[str, Any]]:
@@ -137,7 +132,7 @@ def _grouped(rows: Sequence[Any], by: str) -> list[dict[str, Any]]:
         {**({"day": day} if day else {}), **({"model": model} if model else {}), **_sums(group)}
         for (day, model), group in groups.items()
     ]
-    return sorted(table, key=lambda row: (row.get("day", ""), -row["cost"], -_tokens(row)))
+    return sorted(table, key=lambda row: (row.get("day", ""), -row["known_cost"], -_tokens(row)))
 
 
 def _tokens(row: Mapping[str, Any]) -> int:
@@ -145,7 +140,17 @@ def _tokens(row: Mapping[str, Any]) -> int:
 
 
 def _value(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "cost": float(row["cost"])}
+    """For JSON: sums of money are text, which loses no digit; what is unknown is `null`."""
+    known = _exact(row["known_cost"])
+    return {**row, "cost": None if _is_unknown(row) else known, "known_cost": known}
+
+
+def _is_unknown(row: Mapping[str, Any]) -> bool:
+    return bool(row["unpriced"] or row["interrupted"])
+
+
+def _exact(amount: Decimal) -> str:
+    return format(amount, "f")
 
 
 def _standing(budget: Any) -> dict[str, Any]:
@@ -153,11 +158,11 @@ def _standing(budget: Any) -> dict[str, Any]:
     return {
         "budget": budget.name,
         "period": budget.period,
-        "cost": float(spent.usd),
+        "cost": _exact(spent.usd),
         "tokens": spent.tokens,
         "requests": spent.requests,
-        "reserved": float(reserved.usd),
-        "uncertain": float(uncertain),
+        "reserved": _exact(reserved.usd),
+        "uncertain": _exact(uncertain),
     }
 
 
@@ -168,8 +173,8 @@ class _Money:
         self._places = 2 if most >= 1 else 4 if most >= Decimal("0.01") else 6
 
     def of(self, row: Mapping[str, Any]) -> str:
-        cost: Decimal = row["cost"]
-        if not row["unpriced"] and not row["interrupted"]:
+        cost: Decimal = row["known_cost"]
+        if not _is_unknown(row):
             return self._text(cost)
         return f"{self._text(cost)}+" if cost else "unknown"
 
@@ -182,7 +187,7 @@ def _show(rows: Sequence[Any], table: Sequence[Mapping[str, Any]], by: str, scre
     names = ["day", "model"] if by == "both" else [by]
     head = [*names, "calls", "prompt", "cached", "completion", "cost"]
     everything = _sums(rows)
-    money = _Money(everything["cost"])
+    money = _Money(everything["known_cost"])
     lines, last = [], ""
     for row in table:
         named = [str(row[name]) for name in names]
@@ -194,7 +199,8 @@ def _show(rows: Sequence[Any], table: Sequence[Mapping[str, Any]], by: str, scre
         ["all", *[""] * (len(names) - 1), *_figures(everything, money)] if len(table) > 1 else []
     )
     screen.grid(head, lines, total=total, texts=len(names))
-    for remark in _remarks(everything):
+    is_marked = any(line[-1].endswith("+") for line in [*lines, total] if line)
+    for remark in _remarks(everything, is_marked=is_marked):
         screen.say(remark, "dim")
     _chart(table if by != "both" else _grouped(rows, "day"), by, money, screen)
 
@@ -204,14 +210,14 @@ def _figures(row: Mapping[str, Any], money: _Money) -> list[str]:
     return [*(f"{row[part]:,}" for part in parts), money.of(row)]
 
 
-def _remarks(total: Mapping[str, Any]) -> list[str]:
+def _remarks(total: Mapping[str, Any], *, is_marked: bool) -> list[str]:
     found = []
     if total["cache_hits"]:
         found.append(f"{_count(total['cache_hits'])} came from our own cache, free.")
     doubts = {"without a known price": total["unpriced"], "interrupted": total["interrupted"]}
     told = [f"{_count(number)} {what}" for what, number in doubts.items() if number]
     if told:
-        found.append(f"+ is the least it can be: {', '.join(told)}.")
+        found.append(f"{'+ is the least it can be: ' if is_marked else ''}{', '.join(told)}.")
     return found
 
 
@@ -221,11 +227,11 @@ def _count(number: int) -> str:
 
 def _chart(table: Sequence[Mapping[str, Any]], by: str, money: _Money, screen: Screen) -> None:
     name = "model" if by == "model" else "day"
-    in_dollars = any(row["cost"] for row in table)
+    in_dollars = any(row["known_cost"] for row in table)
     bars = [
         (
             str(row[name]),
-            float(row["cost"]) if in_dollars else float(_tokens(row)),
+            float(row["known_cost"]) if in_dollars else float(_tokens(row)),
             money.of(row) if in_dollars else f"{_tokens(row):,}",
         )
         for row in table

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Literal, Protocol, TypeAlias
@@ -23,6 +23,8 @@ log = logging.getLogger("LLM")
 Period: TypeAlias = Literal["day", "month"]
 
 # How much of `2026-11-21` names the period.
+_ABSURD = 10**12  # dollars, or tokens, of one call
+
 _PERIODS = {None: 0, "month": 7, "day": 10}
 
 
@@ -141,7 +143,7 @@ class Budget:
 
     Before a call its worst case is reserved, afterwards it is settled to the truth. Where the truth never
     comes (a broken stream, an answer without usage) the worst case counts as spent: `uncertain_usd`.
-    `with budget:` holds every call of this thread or task to it, whichever client makes it.
+    `with llm.budget(budget):` holds every call of the block to it, `LLM(budget=…)` every call of a client.
 
     Args:
         usd: US dollars: a number, or text like `"0.50"` or `"$0.50"`; `None`: no such limit.
@@ -308,16 +310,6 @@ class Budget:
         """US dollars that count as spent although the truth never came: the worst case."""
         return self.state().uncertain_usd
 
-    def __enter__(self) -> Budget:
-        enter(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # By itself and not by a token: several threads may be inside of one budget.
-        inside = _active.get()
-        last = max(place for place, budget in enumerate(inside) if budget is self)
-        _active.set(inside[:last] + inside[last + 1 :])
-
     def __repr__(self) -> str:
         limits = {"usd": self.usd, "tokens": self.tokens, "requests": self.requests}
         text = ", ".join(f"{unit}={limit}" for unit, limit in limits.items() if limit is not None)
@@ -329,6 +321,9 @@ class Budget:
     def settle(self, receipt: Receipt, cost: Decimal | None, tokens: int | None) -> None:
         """Put the truth in the place of a reservation; called by `Reservation.settle`."""
         worst = receipt.amount
+        # A server may say anything. Nonsense is no truth, and least of all one that gives money back.
+        cost = cost if cost is not None and 0 <= cost < _ABSURD else None
+        tokens = tokens if tokens is not None and 0 <= tokens < _ABSURD else None
         truth = Amount(
             worst.usd if cost is None else cost, worst.tokens if tokens is None else tokens, 1
         )
@@ -470,8 +465,11 @@ class Reservations:
 
     def settle(self, cost: Decimal | None, tokens: int | None) -> None:
         """The call is over; see `Reservation.settle`."""
-        for part in self.parts:
-            part.settle(cost, tokens)
+        with (
+            ExitStack() as stack
+        ):  # all of them, also if the warning of one of them ends the program
+            for part in self.parts:
+                stack.callback(part.settle, cost, tokens)
 
     def release(self) -> None:
         """Give all of it back; see `Reservation.release`."""
@@ -487,6 +485,8 @@ def reserve_all(
     Raises:
         LLMBudgetError: as `Budget.reserve`.
     """
+    if len(budgets) == 1:
+        return budgets[0].reserve(cost, tokens)
     parts: list[Reservation] = []
     with ExitStack() as undo:
         for budget in dict.fromkeys(budgets):
@@ -498,22 +498,35 @@ def reserve_all(
 
 
 # A budget that is entered holds for the thread or task; the variable itself never changes.
-_active: ContextVar[tuple[Budget, ...]] = ContextVar("LLM budgets", default=())
+_active: ContextVar[tuple[Entry, ...]] = ContextVar("LLM budgets", default=())
+
+
+class Entry:
+    """A budget that a context was held to, until `leave`."""
+
+    __slots__ = ("budget", "open")
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.open = True
 
 
 def active_budgets() -> tuple[Budget, ...]:
     """The budgets that a call made here must fit, the outermost first."""
-    return _active.get()
+    entries = _active.get()
+    return tuple(entry.budget for entry in entries if entry.open) if entries else ()
 
 
-def enter(budget: Budget) -> Token[tuple[Budget, ...]]:
+def enter(budget: Budget) -> Entry:
     """Hold the calls of this thread or task to a budget, beside those that hold already."""
-    return _active.set((*_active.get(), budget))
+    entry = Entry(budget)
+    _active.set((*(other for other in _active.get() if other.open), entry))
+    return entry
 
 
-def leave(token: Token[tuple[Budget, ...]]) -> None:
-    """Undo `enter`."""
-    _active.reset(token)
+def leave(entry: Entry) -> None:
+    """Undo `enter`, from whatever context and in whatever order: generators end as they like."""
+    entry.open = False
 
 
 def _budget(usd: Decimal | None, how: dict[str, Any]) -> Budget:

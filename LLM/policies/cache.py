@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from LLM.clock import Clock
@@ -44,7 +45,8 @@ class CacheStats(NamedTuple):
 
     Attributes:
         hits: looks that found an answer, by this object.
-        misses: looks that did not.
+        misses: looks that did not; one that waited for another's call (`flight`) is not over before the
+            look that follows.
         entries: answers stored, also by other processes; 0 if the file cannot be read.
         bytes: their size as stored (on disk: compressed), without the bookkeeping.
     """
@@ -80,6 +82,10 @@ class ResponseCache:
         max_bytes: int | None = MAX_BYTES,
         clock: Clock | None = None,
     ) -> None:
+        if url == "sqlite:///":
+            raise LLMConfigError(
+                "the cache 'sqlite:///' names no file: use 'sqlite:///cache.db', or ':memory:'"
+            )
         path = sqlite_path(url)
         self.url = url
         self.ttl = _positive("ttl", ttl, "seconds", (int, float))
@@ -101,10 +107,12 @@ class ResponseCache:
     def after_fork(self) -> None:
         """Start with a lock of one's own: the old one may be held by a thread of the parent's."""
         self._lock = threading.Lock()
+        self._own = threading.local()  # `missed`: the key that this thread did not find
 
     def get(self, key: str) -> bytes | None:
         """The value stored for `key`; `None` if there is none, it is too old, or the file fails."""
         value = self._store.get(key)
+        self._own.missed = key if value is None else None
         with self._lock:
             if value is None:
                 self._misses += 1
@@ -127,7 +135,8 @@ class ResponseCache:
     def flight(self, key: str, *, until: float | None) -> Flight:
         """Take part in the one call for `key`: lead it, or wait until its leader is done.
 
-        If the leader brought nothing (`get` still finds none), whoever waited longest leads next. A
+        If the leader brought nothing (`get` still finds none), those who waited go on by themselves, all
+        at once: one after the other they would wait for a host that fails as often as they are. A
         thread that is leading a call never waits for another: two that wait for each other, or one
         that waits for its own unread stream, would never end. It goes on by itself.
 
@@ -139,6 +148,11 @@ class ResponseCache:
         if flight.leader and not flight.waited:
             # Another may have landed between the caller's look and now.
             flight.waited = self._store.has(key)
+        if flight.waited and getattr(self._own, "missed", None) == key:
+            # The caller looks again, and that look counts.
+            self._own.missed = None
+            with self._lock:
+                self._misses -= 1
         return flight
 
     @property
@@ -177,7 +191,7 @@ class ResponseCache:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process uses the same file; one of a cache in memory begins empty.
-        return {**self.__dict__, "_lock": None, "_tower": None}
+        return {**self.__dict__, "_lock": None, "_own": None, "_tower": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -341,14 +355,14 @@ class _FileStore:
         row = self._attempt(read, None, write=False)
         if row is None:
             return None
-        written, used, stored = row
         now = self._now()
+        try:
+            written, used = float(row[0]), float(row[1])
+            value = zlib.decompress(row[2])
+        except (zlib.error, TypeError, ValueError):
+            return None  # damaged; the next `put` replaces it
         if self._too_old(written, now):
             return None
-        try:
-            value = zlib.decompress(stored)
-        except (zlib.error, TypeError):
-            return None  # damaged; the next `put` replaces it
         if now - used >= TOUCH_EVERY:
             self._touch(key, now)
         return value
@@ -357,7 +371,7 @@ class _FileStore:
         def read(connection: Connection) -> bool:
             query = "SELECT written FROM entries WHERE key = ?"
             row = connection.execute(query, (key,)).fetchone()
-            return row is not None and not self._too_old(row[0], self._now())
+            return row is not None and not self._too_old(float(row[0]), self._now())
 
         return self._attempt(read, default=False, write=False)
 
@@ -475,6 +489,10 @@ class _FileStore:
             result = self.database.run(work, write=write)
         except DatabaseError as error:
             self._rest(error, write=write)
+            return default
+        except (TypeError, ValueError):  # a row that is no row of ours
+            path = self.database.path
+            self._rest(DatabaseError(f"cache {path} is damaged: delete it", "corrupt"), write=write)
             return default
         trouble = self._errors[write]
         if trouble is not None:
@@ -603,24 +621,16 @@ class _Tower:
             called = waiter.called.acquire(timeout=min(patience, threading.TIMEOUT_MAX))
         finally:
             if not called:  # too late, or interrupted
-                self._leave(key, seat, waiter)
-        return Flight(self, key, seat if called else None, waited=True)
-
-    def _leave(self, key: str, seat: _Seat, waiter: _Waiter) -> None:
-        with self._lock:
-            try:
-                seat.waiters.remove(waiter)
-            except ValueError:  # called at the last moment: the lead goes to the next
-                self.land(key, seat)
+                with self._lock, suppress(ValueError):
+                    seat.waiters.remove(waiter)
+        return Flight(self, key, None, waited=True)
 
     def land(self, key: str, seat: _Seat) -> None:
         with self._lock:
-            if seat.waiters:
-                following = seat.waiters.popleft()
-                seat.thread = following.thread
-                following.called.release()
-            elif self.seats.get(key) is seat:
+            if self.seats.get(key) is seat:
                 del self.seats[key]
+            while seat.waiters:
+                seat.waiters.popleft().called.release()
 
 
 # --- which call is which ---

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from LLM.clock import Clock
@@ -32,6 +32,12 @@ FIRST_HOLD = 1.0
 LONGEST_HOLD = 60.0
 LONGEST_ASKED = 86_400.0  # a hint of more than a day is not meant for a minute's limit
 
+# Servers round the reset of a limit, Anthropic to whole seconds.
+ROUNDED = 1.0
+
+# Permits of a thread that `record_tokens` may still come for; older ones keep their estimate.
+OPEN_PERMITS = 1000
+
 MANY_SCOPES = 100  # above this, those that hold nothing are forgotten
 REDIS_RETRY = 5.0  # seconds between looks whether a Redis that was away is back
 
@@ -40,10 +46,10 @@ class ServerLimits(NamedTuple):
     """What a server says about its own limits; `None` where it says nothing.
 
     Attributes:
-        requests_limit: requests per minute.
+        requests_limit: requests per minute, or in a shorter time if remaining and reset say so.
         requests_remaining: requests left until the reset.
         requests_reset: seconds until the remaining requests are renewed.
-        tokens_limit: tokens per minute.
+        tokens_limit: tokens, likewise.
         tokens_remaining: tokens left until the reset.
         tokens_reset: seconds until the remaining tokens are renewed.
     """
@@ -85,15 +91,39 @@ class RateLimitState(NamedTuple):
     learned: Mapping[str, ServerLimits]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RateLimitConfig:
-    """The settings of a `RateLimiter`, as one value; see there."""
+    """The settings of a `RateLimiter`, as one value; see there.
 
-    requests_per_minute: int | None = REQUESTS_PER_MINUTE
-    tokens_per_minute: int | None = TOKENS_PER_MINUTE
-    redis_url: str | None = field(default=None, repr=False)  # it may hold a password
-    name: str = "default"
-    if_unavailable: Literal["error", "local"] = "error"
+    Raises:
+        LLMConfigError: a setting makes no sense, or is not known.
+    """
+
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    redis_url: str | None = field(repr=False)  # it may hold a password
+    name: str
+    if_unavailable: Literal["error", "local"]
+
+    def __init__(
+        self,
+        requests_per_minute: int | None = REQUESTS_PER_MINUTE,
+        tokens_per_minute: int | None = TOKENS_PER_MINUTE,
+        redis_url: str | None = None,
+        name: str = "default",
+        if_unavailable: Literal["error", "local"] = "error",
+        **unknown: object,
+    ) -> None:
+        _refuse_unknown("RateLimitConfig", unknown, [field.name for field in fields(self)])
+        _check_sharing(name, if_unavailable)
+        for setting, value in (
+            ("requests_per_minute", _limit("requests_per_minute", requests_per_minute)),
+            ("tokens_per_minute", _limit("tokens_per_minute", tokens_per_minute)),
+            ("redis_url", redis_url),
+            ("name", name),
+            ("if_unavailable", if_unavailable),
+        ):
+            object.__setattr__(self, setting, value)
 
 
 class _Entry:
@@ -186,6 +216,68 @@ class _Waiter:
         self.woken = threading.Event()
 
 
+class _Quota:
+    """What a server says of its requests, or of its tokens.
+
+    A limit is one per minute, unless what is used of it would be renewed sooner: then only what remains
+    counts, and after the reset the limit again, for as long as the longest reset was.
+    """
+
+    __slots__ = ("left", "limit", "span", "until")
+
+    def __init__(self) -> None:
+        self.limit = float("inf")
+        self.left = float("inf")  # what remains, and until when that holds
+        self.until = float("-inf")
+        self.span = 0.0  # seconds, if it is known to be less than a minute
+
+    @property
+    def by_minute(self) -> float:
+        """The limit of any minute."""
+        return float("inf") if self.span else self.limit
+
+    def learn(
+        self,
+        limit: int | None,
+        left: int | None,
+        reset: float | None,
+        now: float,
+        minute: float,
+        *,
+        newest: bool,
+    ) -> None:
+        if limit and limit != self.limit:
+            self.limit, self.span = limit, 0.0
+        if left is None or reset is None:
+            return
+        if limit and reset > 0 and (self.span or _is_short(limit, left, reset, minute)):
+            self.span = max(self.span, min(reset, minute))
+        # An answer that was overtaken by a newer one may only make us more careful.
+        if newest or left < self.left:
+            self.left, self.until = left, now + reset
+
+    def use(self, amount: int, now: float) -> None:
+        """Count against what remains; after the reset of a minute nobody knows how much that is."""
+        if now >= self.until:
+            self.left = float("inf")
+            if self.span:
+                self.left, self.until = self.limit, now + self.span
+        self.left -= amount
+
+    def remaining(self, now: float) -> tuple[int | None, float | None]:
+        if now >= self.until:
+            return None, None
+        return max(0, int(self.left)), self.until - now
+
+
+def _is_short(limit: int, left: int, reset: float, minute: float) -> bool:
+    """Whether a limit is renewed within less than a minute.
+
+    Either all at once at the reset, or bit by bit, and then the reset is when what was used is back.
+    """
+    return (reset + ROUNDED) * limit < minute * (limit - left)
+
+
 class _Scope:
     """What is known about one server's own limit, and who waits for it."""
 
@@ -197,10 +289,7 @@ class _Scope:
         self.refusals = 0
         self.refused_at = 0  # the number of the last permit when a refusal was counted
         self.learned_by = 0  # the number of the permit whose answer was the newest
-        self.max_requests = self.max_tokens = float("inf")
-        # What remains, and until when that holds.
-        self.requests_left = self.tokens_left = float("inf")
-        self.requests_until = self.tokens_until = float("-inf")
+        self.requests, self.tokens = _Quota(), _Quota()
         self.said: ServerLimits | None = None
 
     def ready_at(self, now: float, estimate: int) -> float:
@@ -209,36 +298,24 @@ class _Scope:
         if self.said is None:
             return at
         at = max(at, self.nothing_left_until())
-        if self.tokens_left < estimate:
-            at = max(at, self.tokens_until)
+        if self.tokens.left < estimate:
+            at = max(at, self.tokens.until)
         # An estimate above the server's whole limit is sent alone: the server may say no itself.
-        room = self.window.room_at(now, (estimate,), self.max_requests, self.max_tokens)
-        return max(at, room)
+        most = self.requests.by_minute, self.tokens.by_minute
+        return max(at, self.window.room_at(now, (estimate,), *most))
 
     def learn(self, limits: ServerLimits, now: float, number: int) -> None:
         newest = number >= self.learned_by
         self.learned_by = max(number, self.learned_by)
-        if limits.requests_limit:
-            self.max_requests = limits.requests_limit
-        if limits.tokens_limit:
-            self.max_tokens = limits.tokens_limit
-        # An answer that was overtaken by a newer one may only make us more careful.
-        left, reset = limits.requests_remaining, limits.requests_reset
-        if left is not None and reset is not None and (newest or left < self.requests_left):
-            self.requests_left, self.requests_until = left, now + reset
-        left, reset = limits.tokens_remaining, limits.tokens_reset
-        if left is not None and reset is not None and (newest or left < self.tokens_left):
-            self.tokens_left, self.tokens_until = left, now + reset
+        minute = self.window.seconds
+        self.requests.learn(*limits[:3], now, minute, newest=newest)
+        self.tokens.learn(*limits[3:], now, minute, newest=newest)
         self.said = limits
 
-    def use(self, now: float, requests: int, tokens: int) -> None:
-        """Count against what the server said remains; after the reset nobody knows how much that is."""
-        if now >= self.requests_until:
-            self.requests_left = float("inf")
-        if now >= self.tokens_until:
-            self.tokens_left = float("inf")
-        self.requests_left -= requests
-        self.tokens_left -= tokens
+    def use(self, now: float, tokens: int) -> None:
+        """Count a request against what the server said remains."""
+        self.requests.use(1, now)
+        self.tokens.use(tokens, now)
 
     def hold(self, until: float) -> None:
         self.held_until = max(self.held_until, until)
@@ -246,10 +323,9 @@ class _Scope:
     def nothing_left_until(self) -> float:
         """When the server's own count is renewed, if it is used up."""
         until = float("-inf")
-        if self.requests_left < 1:
-            until = self.requests_until
-        if self.tokens_left < 1:
-            until = max(until, self.tokens_until)
+        for quota in (self.requests, self.tokens):
+            if quota.left < 1:
+                until = max(until, quota.until)
         return until
 
     def is_idle(self, now: float) -> bool:
@@ -259,12 +335,13 @@ class _Scope:
     def state(self, now: float) -> ServerLimits:
         """What was said, as it is by now."""
         said = self.said or ServerLimits()
-        requests, tokens = now < self.requests_until, now < self.tokens_until
+        requests, requests_reset = self.requests.remaining(now)
+        tokens, tokens_reset = self.tokens.remaining(now)
         return said._replace(
-            requests_remaining=max(0, int(self.requests_left)) if requests else None,
-            requests_reset=self.requests_until - now if requests else None,
-            tokens_remaining=max(0, int(self.tokens_left)) if tokens else None,
-            tokens_reset=self.tokens_until - now if tokens else None,
+            requests_remaining=requests,
+            requests_reset=requests_reset,
+            tokens_remaining=tokens,
+            tokens_reset=tokens_reset,
         )
 
 
@@ -272,8 +349,8 @@ class Permit:
     """Leave to send one request. `waited` is how long it took to get, in seconds."""
 
     __slots__ = (
-        "_entry", "_limiter", "_number", "_released", "_reset", "_scope", "_shared", "_share",
-        "_tokens", "waited",
+        "_entry", "_limiter", "_number", "_open", "_released", "_reset", "_scope", "_shared",
+        "_share", "_tokens", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -291,6 +368,7 @@ class Permit:
         self._number = number
         self._entry, self._share = entries
         self._shared: str | None = None  # the entry's name in Redis
+        self._open = True  # nobody has said yet what became of it
         self._released = False
         self._reset = 0  # the row of refusals that this permit's answer ended
 
@@ -298,7 +376,13 @@ class Permit:
         """Count what was really used instead of the estimate; `None`: unknown, the estimate stays.
 
         More than the limit is counted as it is; less makes room at once. Saying it again does no harm.
+
+        Raises:
+            LLMConfigError: not a whole number from 0 up.
         """
+        if tokens is not None:
+            _whole("used tokens", tokens)
+        self._open = False
         if not self._released:
             self._limiter._correct(self, tokens)  # noqa: SLF001 - the two are one mechanism
 
@@ -312,13 +396,22 @@ class Permit:
         Without a hint (`None`) for 1 s, doubling with each further refusal in a row up to 60 s; an
         answer that is none ends the row. The request counts, its tokens do not.
         """
+        self._open = False
         self._limiter._refused(self, suggested_wait)  # noqa: SLF001
 
     def release(self) -> None:
         """Nothing was sent: give everything back."""
+        self._open = False
         if not self._released:
             self._released = True
             self._limiter._release(self)  # noqa: SLF001
+
+
+class _Own(threading.local):
+    """The permits of one thread, the oldest first."""
+
+    def __init__(self) -> None:
+        self.permits: deque[Permit] = deque(maxlen=OPEN_PERMITS)
 
 
 class RateLimiter:
@@ -357,19 +450,11 @@ class RateLimiter:
         if_unavailable: Literal["error", "local"] = "error",
         **unknown: object,
     ) -> None:
-        if unknown:
-            raise LLMConfigError(
-                f"a RateLimiter knows no {', '.join(sorted(unknown))}: it takes requests_per_minute, "
-                "tokens_per_minute, clock, redis_url, name and if_unavailable"
-            )
+        settings = "requests_per_minute tokens_per_minute clock redis_url name if_unavailable"
+        _refuse_unknown("RateLimiter", unknown, settings.split())
         self.requests_per_minute = _limit("requests_per_minute", requests_per_minute)
         self.tokens_per_minute = _limit("tokens_per_minute", tokens_per_minute)
-        if if_unavailable not in ("error", "local"):
-            raise LLMConfigError(
-                f"if_unavailable must be 'error' or 'local', not {if_unavailable!r}"
-            )
-        if not isinstance(name, str) or not name:
-            raise LLMConfigError(f"the name of a rate limit must be a text, not {name!r}")
+        _check_sharing(name, if_unavailable)
         self.name = name
         self._max_requests = self.requests_per_minute or float("inf")
         self._max_tokens = self.tokens_per_minute or float("inf")
@@ -378,7 +463,7 @@ class RateLimiter:
         self._scopes: dict[str, _Scope] = {}
         self._waiting = 0
         self._number = 0
-        self._own = threading.local()
+        self._own = _Own()
         self._shared: Any = None
         self._local_if_away = if_unavailable == "local"
         self._away_until: float | None = None
@@ -437,26 +522,36 @@ class RateLimiter:
                     permit = self._take_if_room(there, estimate, now)
         if permit is None:
             permit = self._wait(scope, estimate, deadline_at)
-        self._own.permit = permit
+        permits = self._own.permits
+        while permits and not (permits[0]._open and not permits[0]._entry.gone):  # noqa: SLF001
+            permits.popleft()
+        permits.append(permit)
         if permit.waited > 0 and on_wait is not None:
             on_wait(permit.waited)
         return permit
 
     def record_tokens(self, tokens: int) -> None:
-        """Count `tokens` as used: in place of the estimate of this thread's last permit, if it has one.
+        """Count `tokens` as used, in place of the estimate of this thread's oldest open permit.
 
-        For use without the permit itself: `acquire()`, the request, `record_tokens(used)`.
+        For use without the permits themselves: `acquire()`, the request, `record_tokens(used)`. A permit is
+        open until something was recorded for it, or it was corrected, refused or released itself. If
+        the thread has none, as one that did not call `acquire`, the tokens are added to what was used.
+
+        Raises:
+            LLMConfigError: not a whole number from 0 up.
         """
-        permit = getattr(self._own, "permit", None)
-        self._own.permit = None
-        if permit is not None:
-            permit.correct(tokens)
-            return
+        _whole("used tokens", tokens)
+        permits = self._own.permits
+        while permits:
+            permit = permits.popleft()
+            if permit._open:  # noqa: SLF001
+                permit.correct(tokens)
+                return
         with self._lock:
             now = self._clock.now()
             self._window.forget(now)
-            self._window.add(now, 0, max(0, tokens))
-        self._tell(lambda shared: shared.add(max(0, tokens)))
+            self._window.add(now, 0, tokens)
+        self._tell(lambda shared: shared.add(tokens))
 
     def get_current_usage(self) -> RateUsage:
         """Requests and tokens of the last minute, of all that share the limit."""
@@ -501,10 +596,7 @@ class RateLimiter:
             )
 
     def _checked(self, estimate: int) -> int:
-        if type(estimate) is not int or estimate < 0:
-            raise LLMConfigError(
-                f"estimated tokens must be a whole number from 0 up, not {estimate!r}"
-            )
+        _whole("estimated tokens", estimate)
         if estimate > self._max_tokens:
             raise LLMConfigError(
                 f"a request of {estimate} tokens never fits a limit of {self.tokens_per_minute} tokens "
@@ -536,7 +628,7 @@ class RateLimiter:
         self._number += 1
         scope.window.forget(now)
         if scope.said is not None:
-            scope.use(now, 1, estimate)
+            scope.use(now, estimate)
         entries = self._window.add(now, 1, estimate), scope.window.add(now, 1, estimate)
         return Permit(self, scope, estimate, self._number, entries)
 
@@ -647,7 +739,7 @@ class RateLimiter:
     def _correct(self, permit: Permit, tokens: int | None) -> None:
         with self._lock:
             self._succeeded(permit)
-            change = 0 if tokens is None else max(0, tokens) - permit._tokens  # noqa: SLF001
+            change = 0 if tokens is None else tokens - permit._tokens  # noqa: SLF001
             self._change(permit, 0, change)
         self._share(permit, 0, change)
 
@@ -700,8 +792,8 @@ class RateLimiter:
             scope.window.change(permit._share, requests, tokens)  # noqa: SLF001
             permit._tokens += tokens  # noqa: SLF001
             if scope.learned_by < permit._number:  # noqa: SLF001 - else the server has counted it
-                scope.requests_left -= requests
-                scope.tokens_left -= tokens
+                scope.requests.left -= requests
+                scope.tokens.left -= tokens
 
     # The count that is shared in Redis.
 
@@ -756,6 +848,26 @@ class TokenAwareRateLimiter(RateLimiter):
             name=config.name,
             if_unavailable=config.if_unavailable,
         )
+
+
+def _refuse_unknown(what: str, unknown: Mapping[str, object], known: Sequence[str]) -> None:
+    if unknown:
+        raise LLMConfigError(
+            f"a {what} knows no {', '.join(sorted(unknown))}: it takes {', '.join(known[:-1])} "
+            f"and {known[-1]}"
+        )
+
+
+def _check_sharing(name: object, if_unavailable: object) -> None:
+    if if_unavailable not in ("error", "local"):
+        raise LLMConfigError(f"if_unavailable must be 'error' or 'local', not {if_unavailable!r}")
+    if not isinstance(name, str) or not name:
+        raise LLMConfigError(f"the name of a rate limit must be a text, not {name!r}")
+
+
+def _whole(what: str, tokens: object) -> None:
+    if type(tokens) is not int or tokens < 0:
+        raise LLMConfigError(f"{what} must be a whole number from 0 up, not {tokens!r}")
 
 
 def _limit(name: str, value: object) -> int | None:

@@ -119,6 +119,11 @@ class RedisWindow:
                 f"the rate limit's Redis at {self.address} refuses us: check user and password"
             ) from None
         except self._failures as error:
+            if "WRONGTYPE" in str(error):  # it answers, and something else of that name is there
+                raise LLMConfigError(
+                    f"the rate limit's Redis at {self.address} holds something else under "
+                    f"{self._keys[0].rpartition(':')[0]}:*: give the limit another name="
+                ) from None
             raise LLMConnectionError(
                 f"the rate limit's Redis at {self.address} does not answer ({type(error).__name__}): "
                 "start it, correct redis_url, or choose if_unavailable='local'"

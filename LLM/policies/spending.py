@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
 from LLM.clock import Clock
+from LLM.errors import LLMConfigError
 from LLM.forks import renew_after_fork
 from LLM.policies.sqlite import Connection, Database
 from LLM.prices import ZERO, add
@@ -100,7 +103,7 @@ class Spent(NamedTuple):
         prompt_tokens: as far as they are known.
         completion_tokens: likewise.
         cached_tokens: of the prompt, read from the provider's cache.
-        cost: US dollars, as far as they are known.
+        known_cost: US dollars, as far as they are known.
         unpriced: calls whose cost is unknown.
         interrupted: calls whose end did not come; what is known of them is counted.
     """
@@ -114,9 +117,14 @@ class Spent(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    cost: Decimal
+    known_cost: Decimal
     unpriced: int
     interrupted: int
+
+    @property
+    def cost(self) -> Decimal | None:
+        """US dollars; `None` if it is unknown of any call: `known_cost` is the least it can be then."""
+        return None if self.unpriced or self.interrupted else self.known_cost
 
 
 class BudgetRow(NamedTuple):
@@ -135,7 +143,8 @@ class Spending:
     """The file that remembers what was spent, over runs and among processes.
 
     Args:
-        url: `sqlite:///spend.db`, or `sqlite:////absolute/path.db`.
+        url: `sqlite:///spend.db`, `sqlite:////absolute/path.db`, or a path that ends in `.db`, `.sqlite` or
+            `.sqlite3`.
         clock: tells the day.
 
     Raises:
@@ -143,10 +152,10 @@ class Spending:
     """
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
-        self.url = url
+        self.url = store_url(url)
         self._clock = clock or Clock()
         self._database = Database(
-            url, kind="usage store", application_id=_APPLICATION_ID, schema=_SCHEMA
+            self.url, kind="usage store", application_id=_APPLICATION_ID, schema=_SCHEMA
         )
         self._complained = False
         self._not_before = float("-inf")
@@ -200,9 +209,9 @@ class Spending:
             prompt_tokens=tokens.prompt_tokens or 0,
             completion_tokens=tokens.completion_tokens or 0,
             cached_tokens=tokens.cached_tokens or 0,
-            cost=ZERO if cached or cost is None else cost,
+            known_cost=ZERO if cached or cost is None else cost,
             unpriced=int(cost is None and not cached),
-            interrupted=int(not complete),
+            interrupted=int(not complete and not cached),
         )
         with self._lock:
             before = self._unwritten.get(key)
@@ -214,12 +223,15 @@ class Spending:
         """What was spent, the latest day first.
 
         Args:
-            since: the first day (UTC), as a date or as `2026-11-21`; left out or `None`: all.
+            since: the first day (UTC), as a date or as `2026-11-21`; or `7d`, the last seven days, today
+                being one of them; left out or `None`: all.
 
         Raises:
+            LLMConfigError: `since` is none of these.
             DatabaseError: the file cannot be read.
         """
-        first = since if isinstance(since, str) else since.isoformat() if since else ""
+        today = self._clock.utc().date()
+        first = "" if since is None else first_day(since, today).isoformat()
         self.flush()
         rows = self._database.run(
             lambda connection: connection.execute(
@@ -357,7 +369,11 @@ class Spending:
 
             def work(connection: Connection) -> None:
                 for settlement in settlements:
-                    _settle(connection, *settlement)
+                    # One that cannot be written must not keep those behind it from being written.
+                    try:
+                        _settle(connection, *settlement)
+                    except (OverflowError, TypeError, ValueError) as error:
+                        self._complain(f"a budget keeps the worst case of a call: {error}")
 
             try:
                 self._database.run(work)
@@ -367,6 +383,35 @@ class Spending:
                 self._complained = False
                 for _ in settlements:
                     self._unsettled.popleft()
+
+
+def store_url(where: str) -> str:
+    """The URL of a store that may be given as a path."""
+    if "://" not in where and where.endswith((".db", ".sqlite", ".sqlite3")):
+        return f"sqlite:///{os.path.expanduser(where)}"  # noqa: PTH111 - pathlib is slow to import
+    return where
+
+
+def first_day(since: date | str, today: date) -> date:
+    """The day that `2026-11-01` names, or with which the last `7d` begin, `today` being one of them.
+
+    Raises:
+        LLMConfigError: it is neither.
+    """
+    if isinstance(since, datetime):
+        return since.astimezone(timezone.utc).date() if since.tzinfo else since.date()
+    if isinstance(since, date):
+        return since
+    text = since if isinstance(since, str) else ""
+    days = re.fullmatch(r"(\d{1,5})d", text, re.ASCII)
+    try:
+        if days and int(days[1]):
+            return today - timedelta(days=int(days[1]) - 1)
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+            return date.fromisoformat(text)
+    except (ValueError, OverflowError):  # 2026-02-30; before the year 1
+        pass
+    raise LLMConfigError(f"{since!r} is neither a day like 2026-11-01 nor days like 7d")
 
 
 def _spending(url: str, clock: Clock) -> Spending:
@@ -382,7 +427,7 @@ def _joined(a: Spent, b: Spent) -> Spent:
         prompt_tokens=a.prompt_tokens + b.prompt_tokens,
         completion_tokens=a.completion_tokens + b.completion_tokens,
         cached_tokens=a.cached_tokens + b.cached_tokens,
-        cost=add(a.cost, b.cost),
+        known_cost=add(a.known_cost, b.known_cost),
         unpriced=a.unpriced + b.unpriced,
         interrupted=a.interrupted + b.interrupted,
     )
