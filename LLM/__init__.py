@@ -84,6 +84,10 @@ if TYPE_CHECKING:
     from LLM.errors import (
         classify_error as classify_error,
     )
+    from LLM.output import InvalidOutputError as InvalidOutputError
+    from LLM.output import Output as Output
+    from LLM.output import Parsed as Parsed
+    from LLM.output import ParsedStream as ParsedStream
     from LLM.policies.budget import Budget as Budget
     from LLM.policies.cache import ResponseCache as ResponseCache
     from LLM.policies.fallback import FallbackPolicy as FallbackPolicy
@@ -186,6 +190,7 @@ _MODULES = {
         "LLMTimeoutError",
         "classify_error",
     ),
+    "LLM.output": ("InvalidOutputError", "Output", "Parsed", "ParsedStream"),
     "LLM.policies.budget": ("Budget",),
     "LLM.policies.cache": ("ResponseCache",),
     "LLM.policies.fallback": ("FallbackPolicy",),

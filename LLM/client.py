@@ -19,7 +19,7 @@ from LLM.config import (
     checked_seconds,
     checked_temperature,
 )
-from LLM.errors import LLMBudgetError, LLMConfigError, LLMError
+from LLM.errors import LLMBudgetError, LLMConfigError, LLMError, LLMTimeoutError
 from LLM.forks import renew_after_fork
 from LLM.output import Asking, Output, OutputMode, Parsed, ParsedStream
 from LLM.pipeline import (
@@ -849,8 +849,10 @@ class LLM:
 
         def ask(call: Callable[..., Any]) -> Any:
             while True:
-                left = None if end is None else max(end - self._clock.now(), 0.001)
+                left = None if end is None else end - self._clock.now()
                 try:
+                    if left is not None and left <= 0:
+                        raise LLMTimeoutError("no valid answer by the deadline", clock="deadline")
                     return call(**asking.request(), deadline=left)
                 except LLMError as error:
                     asking.failed(error)

@@ -40,7 +40,7 @@ _REFUSALS = {
     "schema": r"(?i)response_format|json_schema|output_config|output_format|structured.?output",
     "tool": r"(?i)tool|function",
 }
-_OF_ONE_SCHEMA = r"(?i)invalid schema|[_.]schema[: ]|schema is too"
+_OF_ONE_SCHEMA = r"(?i)invalid schema|\.schema\b|schema is too"
 _FENCE = r"(?is)```[ \t]*(?:json)?[ \t]*\r?\n(.*?)```"
 # Openings in prose that are tried: more are no answer but an attempt to keep us busy.
 _MAX_STARTS = 1000

@@ -313,26 +313,23 @@ def _shorter(content: Any, most: int) -> Any:
 _MARK = {"cache_control": {"type": "ephemeral"}}
 _MOST_MARKS = 4  # Anthropic, "Prompt caching", 2024–2026
 
-# Tokens below which nothing is cached. OpenAI, "Prompt caching", 2024–2026: 1,024, then in steps of 128.
-_OPENAI_MINIMUM, _OPENAI_STEP = 1024, 128
-# Anthropic, "Prompt caching", 2026; the first pattern that is found in a model's name counts. Versions of
-# that page differ for two models (Opus 4.7: 2,048; Sonnet 4.6: 1,024): what is promised is the less.
-_ANTHROPIC_MINIMUMS = (
-    (r"(opus|haiku)-4[-.]5(?!\d)|opus-4[-.][67](?!\d)", 4096),
-    (r"sonnet-4[-.]6(?!\d)|3([-.]5)?-haiku", 2048),
-    (r"(opus|fable|mythos)-5", 512),
-    (r"", 1024),
+# By model: tokens below which nothing is cached, and the steps above. The first pattern that is found counts;
+# of other models nothing is known. OpenAI, "Prompt caching", 2024–2026; Anthropic, "Prompt caching", 2026,
+# whose versions differ for two models (Opus 4.7: 2,048; Sonnet 4.6: 1,024): what is promised is the less.
+_MINIMUMS = (
+    (r"claude.*((opus|haiku)-4[-.]5|opus-4[-.][67])(?!\d)", 4096, 1),
+    (r"claude.*(sonnet-4[-.]6(?!\d)|3([-.]5)?-haiku)", 2048, 1),
+    (r"claude.*(opus|fable|mythos)-5", 512, 1),
+    (r"claude", 1024, 1),
+    (r"(?<![^/])(ft:)?(chatgpt-|gpt-[4-9]|o[1-9]\b)", 1024, 128),
+    (r"", 0, 1),
 )
 
 
-def _cacheable(tokens: int, provider: str, model: str) -> int:
+def _cacheable(tokens: int, model: str) -> int:
     """Tokens of a prefix that the vendor can have kept."""
-    if provider == "openai":
-        return tokens // _OPENAI_STEP * _OPENAI_STEP if tokens >= _OPENAI_MINIMUM else 0
-    if provider == "anthropic":
-        least = next(least for name, least in _ANTHROPIC_MINIMUMS if re.search(name, model))
-        return tokens if tokens >= least else 0
-    return tokens
+    least, step = next(row[1:] for row in _MINIMUMS if re.search(row[0], model))
+    return tokens // step * step if tokens >= least else 0
 
 
 @dataclass(frozen=True)
@@ -340,7 +337,7 @@ class Prepared:
     """What to send next.
 
     Attributes:
-        messages: with cache marks where the provider wants them.
+        messages: with cache marks, if they were asked for.
         tools: the definitions, likewise; `None` if none were given.
         tokens: of both.
         expected_cached: tokens that the vendor can have kept from the previous call: of the whole messages
@@ -381,8 +378,8 @@ class StableContext:
         window: tokens that prompt and answer may have together; `None`: the model's own.
         step: part of the room that a trim frees, above 0 and below 1.
         model: whose tokens are counted, and whose minimum holds.
-        provider: `"anthropic"`: cache marks are placed; `"openai"`, or another name: none are. Left out:
-            by the model's name.
+        marks: put Anthropic's `cache_control` into messages and tools, without which that vendor keeps
+            nothing. Not for others: some refuse it.
         reserve: tokens kept free for the answer.
         summarise: as for `fit`; called at a trim, once.
         count: as for `fit`.
@@ -397,7 +394,7 @@ class StableContext:
         *,
         step: float = 0.25,
         model: str = "gpt-4o",
-        provider: str | None = None,
+        marks: bool = False,
         reserve: int = 1024,
         summarise: Summarise | None = None,
         count: Count | None = None,
@@ -407,8 +404,7 @@ class StableContext:
         self._limit = _limit(window, reserve, model)
         self._target = int(self._limit * (1 - step))
         self._model = model
-        named = "anthropic" if model.startswith("anthropic/") else "openai"
-        self._provider = provider or named
+        self._marking = marks
         self._summarise = summarise
         self._count = count
         self._trimmed = _Trimmed()
@@ -458,7 +454,7 @@ class StableContext:
         tools: Sequence[Any] | None,
         dropped: int,
     ) -> Prepared:
-        marking = self._provider == "anthropic"
+        marking = self._marking
         view = [_plain(message) if marking else message for message in trimmed.view(history)]
         order = list(range(len(view)))
         if marking:  # there the system prompt stands before all messages
@@ -477,7 +473,7 @@ class StableContext:
         if reusable or (sent_tools and self._sent is not None and sent_tools == self._sent_tools):
             counted = self._count or _counter(self._model, tools)
             prefix = counted([view[index] for index in order[:reusable]])
-            expected = _cacheable(prefix, self._provider, self._model)
+            expected = _cacheable(prefix, self._model)
         marks: list[int] = []
         if marking:
             marks = _places_of_marks(

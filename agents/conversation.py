@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -57,7 +59,7 @@ class Conversation:
         self._conversations = conversations
         self._retry_conflict = retry_conflict
         self._own_store = store
-        self.reload()
+        self._summary, self._state = self._read()
 
     @classmethod
     def open(
@@ -92,9 +94,12 @@ class Conversation:
             LLMConfigError: the store's URL cannot be used, or the extra `store` is missing.
             StoreError: the store cannot be used, or the conversation is another owner's (`missing`).
         """
-        own = Store.open(store, clock=clock) if isinstance(store, str) else None
-        kept = own or store
-        conversations = kept.conversations if isinstance(kept, Store) else _Memory(clock or Clock())
+        own = kept = None
+        if isinstance(store, str):
+            own = kept = Store.open(store, clock=clock)
+        elif store is not None:
+            kept = store
+        conversations: Any = kept.conversations if kept else _Memory(clock or Clock())
         try:
             found = None if id is None else conversations.get(id)
             if found is None:
@@ -196,14 +201,22 @@ class Conversation:
     @property
     def system(self) -> str | None:
         """The system message."""
-        return self._summary.data.get("system")
+        system: str | None = self._summary.data.get("system")
+        return system
 
     def reload(self) -> None:
         """See what others have written."""
-        summary = self._conversations.get(self.id)
+        self._summary, self._state = self._read()
+
+    def _read(self) -> tuple[Summary, _State]:
+        summary: Summary | None = self._conversations.get(self.id)
+        if summary is None:
+            raise self._gone()
         revision, stored = self._conversations.load(self.id)
-        self._summary: Summary = summary
-        self._state = _State(revision, tuple(stored))
+        return summary, _State(revision, tuple(stored))
+
+    def _gone(self) -> StoreError:
+        return StoreError(f"the conversation {self.id!r} was deleted", reason="missing")
 
     def branch(self, at: int | None = None) -> Conversation:
         """A new conversation that begins with the first `at` messages of the history.
@@ -276,11 +289,10 @@ class Conversation:
         options.setdefault("system", system)
         conversation = cls.open(store, id, llm=llm, **options)
         try:
-            if conversation._state.stored:
+            if conversation.history:
                 raise ConflictError(f"there is a conversation {id!r} already: choose another id")
-            conversation._append(
-                conversation._state, [Stored(message, cost=Decimal(0)) for message in messages]
-            )
+            free = [Stored(message, cost=Decimal(0)) for message in messages]
+            conversation._append(conversation._state, free)  # noqa: SLF001 - its own class
         except BaseException:
             conversation.close()
             raise
@@ -305,7 +317,7 @@ class Conversation:
         state = self._state
         found = self._conversations.get(self.id)
         if found is None:
-            raise StoreError(f"the conversation {self.id!r} was deleted", reason="missing")
+            raise self._gone()
         if found.revision == state.revision:
             return state
         if not self._retry_conflict:
@@ -430,8 +442,14 @@ class _Memory:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._locks: dict[int, threading.Lock] = {}
         # One value for each conversation, replaced as a whole: no lock is needed to read it.
         self._kept: dict[str, tuple[Summary, tuple[Stored, ...]]] = {}
+
+    @property
+    def _lock(self) -> threading.Lock:
+        """A forked child has its own: the parent's may be held by a thread that is not there."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def create(self, id: str | None, **fields: Any) -> Summary:  # noqa: A002
         name, now = id or self._clock.new_id(), self._clock.utc()
@@ -455,22 +473,26 @@ class _Memory:
         *,
         title: str | None,
     ) -> int:
-        found = self._find(id)
-        summary, stored = found
-        now = self._clock.utc()
-        new = [
-            replace(s, number=n, created=s.created or now)
-            for n, s in enumerate(messages, len(stored) + 1)
-        ]
-        changed = replace(summary, revision=revision + 1, title=summary.title or title, updated=now)
-        if summary.revision != revision or self._kept[id] is not found:
-            raise ConflictError(f"the conversation {id!r} was changed by another writer: reload it")
-        self._kept[id] = changed, (*stored, *new)
+        with self._lock:
+            summary, stored = self._find(id)
+            if summary.revision != revision:
+                raise ConflictError(
+                    f"the conversation {id!r} was changed by another writer: reload it"
+                )
+            now = self._clock.utc()
+            new = [
+                replace(s, number=n, created=s.created or now)
+                for n, s in enumerate(messages, len(stored) + 1)
+            ]
+            title = summary.title or title
+            changed = replace(summary, revision=revision + 1, title=title, updated=now)
+            self._kept[id] = changed, (*stored, *new)
         return revision + 1
 
     def update(self, id: str, **changes: Any) -> None:  # noqa: A002
-        summary, stored = self._find(id)
-        self._kept[id] = replace(summary, **changes), stored
+        with self._lock:
+            summary, stored = self._find(id)
+            self._kept[id] = replace(summary, **changes), stored
 
     def delete(self, id: str) -> bool:  # noqa: A002
         return self._kept.pop(id, None) is not None

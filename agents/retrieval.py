@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from itertools import takewhile
+from itertools import pairwise
 from operator import mul
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -339,7 +339,7 @@ class Index:
                 "SELECT rowid, -bm25(chunks) FROM chunks WHERE chunks MATCH ? ORDER BY 2 DESC, 1 LIMIT ?",
                 (" OR ".join(terms), k),
             )
-            return found.fetchall()
+            return [(number, score) for number, score in found]
 
     def _by_meaning(self, query: str, k: int) -> list[tuple[int, float]]:
         if self._embed is None:
@@ -370,7 +370,7 @@ def _query_terms(query: str) -> Iterator[str]:
     """Terms to look for: words, and pairs of characters that stand together."""
     for word in _TERM.findall(query):
         if len(word) > 1 and _TERM_UNSPACED.match(word):
-            yield from (f"{a} {b}" for a, b in zip(word, word[1:], strict=False))
+            yield from (f"{a} {b}" for a, b in pairwise(word))
         else:
             yield word
 

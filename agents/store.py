@@ -381,7 +381,8 @@ class Store:
         text = str(original)
         state = getattr(original, "sqlstate", None) or ""
         for trouble in _SQLITE_TROUBLES if self.sqlite else _POSTGRES_TROUBLES:
-            if any(state.startswith(c) for c in trouble.states) or trouble.sign in text:
+            known = any(state.startswith(code) for code in trouble.states)
+            if known or (not state and trouble.sign in text):
                 return self.error(trouble.advice, trouble.reason)
         if getattr(error, "connection_invalidated", False) or (
             not self.sqlite and type(original).__name__ == "OperationalError" and not state

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
 
-from agents.types import ToolCall, ToolResult
+from agents.types import Outcome, ToolCall, ToolResult
 from LLM import UNSET, Clock, LLMConfigError, Unset
 
 log = logging.getLogger("agents")
@@ -447,6 +447,14 @@ class Toolbox:
             if on_result is not None:
                 on_result(result)
 
+        def take(index: int, outcome: ToolResult | BaseException) -> None:
+            if index not in running:
+                return  # it was given up, and comes too late
+            if isinstance(outcome, BaseException):
+                raise outcome
+            del running[index]
+            settle(index, outcome)
+
         waiting: deque[tuple[int, _Job]] = deque()
         for index, call in enumerate(calls):
             prepared = self._prepared(call, approvals or {})
@@ -461,6 +469,8 @@ class Toolbox:
             while waiting or running:
                 halted = self._halted(cancel, end, deadline)
                 if halted:
+                    while not done.empty():  # what has come to its end is not called left
+                        take(*done.get())
                     for index, job in [*running.items(), *waiting]:
                         began = "left at work" if index in running else "not run"
                         text = f"{job.tool.name} was {began}: {halted}"
@@ -475,11 +485,8 @@ class Toolbox:
                         settle(index, ToolResult(job.call, problem, "failed"))
                     else:
                         running[index] = job
-                for index, outcome in self._finished(running, done, end, polled=cancel is not None):
-                    if isinstance(outcome, BaseException):
-                        raise outcome
-                    del running[index]
-                    settle(index, outcome)
+                for finished in self._finished(running, done, end, polled=cancel is not None):
+                    take(*finished)
         finally:
             for job in running.values():
                 job.abandon()
@@ -565,15 +572,13 @@ class Toolbox:
         # A wait without a limit cannot be interrupted by Ctrl-C on Windows.
         pause = 1.0 if due is None else max(0.0, due - self._clock.now())
         try:
-            index, outcome = done.get(timeout=min(pause, _POLL) if polled else pause)
+            return [done.get(timeout=min(pause, _POLL) if polled else pause)]
         except queue.Empty:
             now = self._clock.now()
             late = [
                 (i, job) for i, job in running.items() if job.end is not None and job.end <= now
             ]
             return [(index, self._late(job)) for index, job in late]
-        # Of a call that was given up the result may still come: it is dropped.
-        return [(index, outcome)] if index in running else []
 
     def _late(self, job: _Job) -> ToolResult:
         job.abandon()
@@ -586,7 +591,7 @@ class Toolbox:
     def _result(self, job: _Job, context: ToolContext) -> ToolResult:
         started = self._clock.now()
         value: Any = None
-        outcome: Literal["ok", "retry", "failed", "pending"] = "ok"
+        outcome: Outcome = "ok"
         try:
             value = job.tool.bind(job.arguments, context)()
             if inspect.isawaitable(value):
@@ -693,7 +698,7 @@ def _documented(text: str) -> tuple[str, dict[str, str]]:
         return text, {}
     try:
         parsed = docstring_parser.parse(text)
-    except docstring_parser.ParseError:
+    except Exception:  # noqa: BLE001 - 0.18 raises IndexError for ":param: x", and who knows what else
         return text, {}
     told = "\n\n".join(part for part in (parsed.short_description, parsed.long_description) if part)
     described = {

@@ -998,7 +998,7 @@ def test_ctrl_c_while_waiting_for_a_permit_costs_nothing(server):
         assert (budget.spent_requests, budget.reserved_requests) == (1, 0)
 
 
-def test_a_deadline_that_is_over_costs_nothing(server, llm):
+def test_a_deadline_that_is_over_costs_nothing(server):
     clock = FakeClock()
     with LLM(base_url=server.url, clock=clock) as llm, llm.budget(requests=5) as budget:
         with llm.deadline(1):

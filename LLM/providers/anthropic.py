@@ -141,7 +141,14 @@ def _turns(messages: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
         elif role == "tool":
             result = {"type": "tool_result", "tool_use_id": message.get("tool_call_id")}
             if content:
-                result["content"] = _blocks(content)
+                blocks = _blocks(content)
+                # The mark of a cached prefix belongs to the result, not to a part of it.
+                if isinstance(blocks, list) and isinstance(blocks[-1], dict):
+                    mark = blocks[-1].get("cache_control")
+                    if mark:
+                        blocks[-1] = {k: v for k, v in blocks[-1].items() if k != "cache_control"}
+                        result["cache_control"] = mark
+                result["content"] = blocks
             _append(turns, "user", [result])
         elif role == "assistant":
             _append(turns, role, _assistant_content(message))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from LLM import errors
+from LLM import LLM, errors
 from LLM.config import LLMConfig
 from LLM.errors import LLMConfigError
 from LLM.providers import anthropic
@@ -663,3 +663,19 @@ def test_the_dialect_is_spoken_at_any_address(call):
     config = LLMConfig(base_url="http://127.0.0.1:9", provider="anthropic", model="tiny")
     request = anthropic.build(call(config=config))
     assert (request.url, request.key) == ("http://127.0.0.1:9/v1/messages", None)
+
+
+def test_the_mark_of_a_cached_prefix_stands_on_the_tools_result(server):
+    part = {"type": "text", "text": "5", "cache_control": {"type": "ephemeral"}}
+    call = {"id": "t1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "t1", "content": [part]},
+    ]
+    with LLM(base_url=server.url, provider="anthropic", model="m") as llm:
+        llm.chat_completion(messages)
+    (result,) = server.requests[0].json["messages"][-1]["content"]
+    assert result["cache_control"] == {"type": "ephemeral"}
+    assert result["content"] == [{"type": "text", "text": "5"}]
+    assert "cache_control" in part
