@@ -103,13 +103,12 @@ class Agent(Generic[T]):
         name: for stores, handoffs and messages.
         max_turns: answers of the model, at most; a run that needs more ends in `AgentLimitError`.
         max_tool_calls: tool calls of a run, at most; `None`: no limit.
-        max_tokens: tokens of a run, prompts and answers together; `None`: no limit. (The limit of one
-            answer is `max_tokens` of the client.)
+        max_total_tokens: tokens of a run, prompts and answers together; `None`: no limit.
         budget: US dollars of a run, or a `Budget` that several runs share; `None`: no limit.
         deadline: seconds of a run; `None`: no limit.
         store: a store whose journal keeps each step, so that a run survives a crash; see `resume`.
         tool_choice: as the model takes it: `"auto"`, `"required"`, `"none"` or a function.
-        call: what else a call takes: `model=`, `temperature=`, `timeout=` …
+        call: what else a call takes: `model=`, `temperature=`, `max_tokens=` of one answer …
 
     Raises:
         LLMConfigError: a limit is not above 0, two tools share a name, or a tool cannot be described.
@@ -125,7 +124,7 @@ class Agent(Generic[T]):
         name: str = "agent",
         max_turns: int = 10,
         max_tool_calls: int | None = None,
-        max_tokens: int | None = None,
+        max_total_tokens: int | None = None,
         budget: Budget | Decimal | float | str | None = None,
         deadline: float | None = None,
         store: Any = None,
@@ -136,7 +135,7 @@ class Agent(Generic[T]):
         for limit, value in (
             ("max_turns", max_turns),
             ("max_tool_calls", max_tool_calls),
-            ("max_tokens", max_tokens),
+            ("max_total_tokens", max_total_tokens),
             ("deadline", deadline),
         ):
             if value is not None and (isinstance(value, bool) or not value > 0):
@@ -149,7 +148,7 @@ class Agent(Generic[T]):
         self.output_type = output_type
         self.max_turns = max_turns
         self.max_tool_calls = max_tool_calls
-        self.max_tokens = max_tokens
+        self.max_total_tokens = max_total_tokens
         self.budget = budget
         self.deadline = deadline
         self.tool_choice = tool_choice
@@ -320,13 +319,13 @@ class Agent(Generic[T]):
         used = sum(
             turn.response.usage.total_tokens or 0 for turn in run.turns if turn.response.usage
         )
-        for limit, reached, most in (
-            ("turns", len(run.turns), self.max_turns),
-            ("tokens", used, self.max_tokens),
+        for limit, reached, most, name in (
+            ("turns", len(run.turns), self.max_turns, "max_turns"),
+            ("tokens", used, self.max_total_tokens, "max_total_tokens"),
         ):
             if most is not None and reached >= most:
                 raise AgentLimitError(
-                    f"{self.name} has no answer after {reached:,} {limit}, its limit; raise max_{limit}, "
+                    f"{self.name} has no answer after {reached:,} {limit}, its limit; raise {name}, "
                     "or ask for less",
                     limit=limit,
                 )

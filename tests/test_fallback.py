@@ -115,7 +115,7 @@ def test_no_other_is_asked_where_it_cannot_help_or_should_not(error):
 
 
 def test_every_error_type_is_decided():
-    never = "invalid_request content_filter cancelled config_error budget unknown".split()
+    never = "invalid_request content_filter cancelled config_error budget output unknown".split()
     assert {*ON, *map(ErrorType, never)} == set(ErrorType)
 
 

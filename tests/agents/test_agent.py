@@ -268,14 +268,14 @@ def test_tokens_are_limited(server, llm):
     usage = {"prompt_tokens": 60, "completion_tokens": 50}
     script(server, *[{**calls(("add", {"a": n, "b": 0})), "usage": usage} for n in range(5)])
     with pytest.raises(AgentLimitError) as caught:
-        Agent(llm, tools=[add], max_tokens=200).run("Go on.")
+        Agent(llm, tools=[add], max_total_tokens=200).run("Go on.")
     assert caught.value.limit == "tokens"
     assert caught.value.result.usage.total_tokens == 220
 
 
 def test_cost_is_limited_before_it_is_spent(server, llm):
     with pytest.raises(AgentLimitError) as caught:
-        Agent(llm, budget="0.0001", max_turns=2).run("word " * 3000)
+        Agent(llm, budget="0.0001", max_tokens=10).run("word " * 3000)
     assert caught.value.limit == "cost"
     assert server.requests == []
 
@@ -312,7 +312,7 @@ def test_a_deadline_bounds_the_whole_run(server):
     assert caught.value.limit == "deadline"
 
 
-@pytest.mark.parametrize("limit", ["max_turns", "max_tool_calls", "max_tokens", "deadline"])
+@pytest.mark.parametrize("limit", ["max_turns", "max_tool_calls", "max_total_tokens", "deadline"])
 def test_a_limit_that_is_none_is_refused(llm, limit):
     with pytest.raises(LLMConfigError, match=limit):
         Agent(llm, **{limit: 0})
