@@ -80,7 +80,7 @@ clean:  ## remove all that these targets made
 
 .venv-lowest/dev: pyproject.toml | .venv-lowest/bin/python
 	@sed -E -n 's/^ *"(requests|urllib3|pydantic)>=([0-9.]+)".*/\1==\2/p' pyproject.toml > .venv-lowest/floors.txt
-	@echo 'installing the oldest:' `cat .venv-lowest/floors.txt`; .venv-lowest/bin/python $(PIP) --constraint .venv-lowest/floors.txt --only-binary pydantic-core --editable '.[dev]'
+	@echo 'installing the oldest:' `cat .venv-lowest/floors.txt`; .venv-lowest/bin/python $(PIP) --constraint .venv-lowest/floors.txt --only-binary pydantic-core --editable '.[cli,docs,test]'
 	@touch $@
 
 .PHONY: help install demo demo-budget test cover lint format docs bench test-lowest soak clean

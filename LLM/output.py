@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast, get_args
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import from_json
 
@@ -89,7 +89,9 @@ class Output(Generic[T]):
         from pydantic import TypeAdapter, create_model  # a script that only chats does without
 
         problem = ""
-        if output_type is None or isinstance(output_type, str):
+        parts = (output_type, *get_args(output_type))
+        an_instance = any(isinstance(part, BaseModel) for part in parts)
+        if output_type is None or isinstance(output_type, str) or an_instance:
             problem = "it is not a type"
         else:
             try:
@@ -214,7 +216,11 @@ def _strict(node: Any, kept: Sequence[str]) -> dict[str, Any]:
         strict["format"] = node["format"]
     strict.update({name: node[name] for name in kept if name in node}, **said)
     if node.get("type") == "object":
-        if node.get("additionalProperties") or "patternProperties" in node:
+        # Without a word about properties any are allowed: how older versions of pydantic say `dict`.
+        if (
+            node.get("additionalProperties", "properties" not in node)
+            or "patternProperties" in node
+        ):
             raise _LooseError
         properties = node.get("properties", {})
         strict["properties"] = {name: _strict(inner, kept) for name, inner in properties.items()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from typing import Any, Generic, Protocol, TypeVar
 
-from agents.tools import Tool, Toolbox
+from agents.store import ConflictError
+from agents.tools import Tool, Toolbox, ToolContext, ToolFailed
 from agents.types import (
     AgentCancelledError,
     AgentEvent,
@@ -61,6 +62,7 @@ class Journal(Protocol):
 
     def begin(self, run_id: str, agent: str, data: Mapping[str, Any]) -> None: ...
     def append(self, run_id: str, number: int, kind: str, payload: Mapping[str, Any]) -> None: ...
+    def get(self, run_id: str) -> Any: ...
     def steps(self, run_id: str) -> Sequence[Any]: ...
     def finish(self, run_id: str, status: str) -> None: ...
 
@@ -68,8 +70,8 @@ class Journal(Protocol):
 class Cancel:
     """Ends a run from outside: give it to `run`, and call `cancel()` from any thread or signal handler."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, event: threading.Event | None = None) -> None:
+        self.event = event or threading.Event()  # that of the outer run, if there is one
         self._callbacks: list[Callable[[], object]] = []
 
     def cancel(self) -> None:
@@ -232,24 +234,20 @@ class Agent(Generic[T]):
                 tool, `False` tells the model that it may not.
 
         Raises:
-            LLMConfigError: there is no store, or no such run.
+            LLMConfigError: there is no store or no such run, or an approval is for a call that does not
+                wait, or is neither `True` nor `False`.
+            ConflictError: another process goes on with the same run.
         """
         if self._journal is None:
             raise LLMConfigError("there is no store to resume from; give the Agent a store=")
-        steps = list(self._journal.steps(run_id))
-        if not steps:
+        begun = self._journal.get(run_id)
+        if begun is None:
             raise LLMConfigError(f"there is no run {run_id!r} in the store")
         run = _Run(self, deps, cancel, run_id)
-        for step in steps:
-            run.restore(step.kind, step.payload)
-        for call_id, yes in (approvals or {}).items():
-            run.write("decision", {"id": call_id, "yes": bool(yes)})
-        so_far = run.result
-        if run.budget is not None and run.budget is not self.budget and so_far.cost is not None:
-            run.budget.reserve(so_far.cost, 0).settle(so_far.cost, 0)
-        if run.unjudged:  # it broke off between a turn and what was to follow from it
-            self._judge(run, run.turns[-1])
-        return _last(self._turns(run))
+        run.restore("begin", begun.data)
+        for step in self._journal.steps(run_id):
+            run.apply(step.kind, step.payload)
+        return _last(self._turns(run, approvals=approvals or {}))
 
     def as_tool(self, name: str | None = None, description: str | None = None) -> Tool[..., Any]:
         """This agent as a tool of another one: it gets a task as text, and its answer is the result.
@@ -259,8 +257,14 @@ class Agent(Generic[T]):
             description: what the other model is told of it; left out: the first line of the instructions.
         """
 
-        def ask(task: str) -> Any:
-            return self.run(task).output
+        def ask(task: str, context: ToolContext) -> Any:
+            result = self.run(task, cancel=Cancel(context.cancelled))
+            if result.paused:
+                names = ", ".join(waiting.call.name for waiting in result.pending)
+                raise ToolFailed(
+                    f"{self.name} needs a person's decision ({names}), and cannot get it here"
+                )
+            return result.output
 
         told = description or (self.instructions or self.name).splitlines()[0]
         return Tool(
@@ -275,30 +279,47 @@ class Agent(Generic[T]):
         cancel: Cancel | None,
         run_id: str | None,
     ) -> _Run:
-        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages = [_message(message) for message in (*history, *said)]
-        if not said:
-            raise LLMConfigError("prompt is empty; say what the agent is to do")
-        if self.instructions and not any(message.role == "system" for message in messages):
-            messages.insert(0, Message(role="system", content=self.instructions))
+        said = _said(prompt)
+        before = [_message(message) for message in history]
+        if self.instructions:
+            # Those of the agent that the history is of may be others.
+            before = [message for message in before if message.role != "system"]
+            before.insert(0, Message(role="system", content=self.instructions))
+        messages = {"messages": [_dump(message) for message in (*before, *said)]}
         run = _Run(self, deps, cancel, run_id or self._clock.new_id())
         if self._journal is not None:
-            self._journal.begin(run.id, self.name, {})
-        run.write("begin", {"messages": [_dump(message) for message in messages]})
+            self._journal.begin(run.id, self.name, messages)
+        run.restore("begin", messages)
         return run
 
     # The loop. Nothing is yielded inside a budget: a generator's block would hold its caller too.
 
-    def _turns(self, run: _Run, *, streams: bool = False) -> Iterator[AgentEvent]:
+    def _turns(
+        self,
+        run: _Run,
+        *,
+        streams: bool = False,
+        approvals: Mapping[str, bool] | None = None,
+    ) -> Iterator[AgentEvent]:
         try:
+            if run.unjudged:  # it broke off between a turn and what was to follow from it
+                self._judge(run, run.turns[-1])
+            if approvals is not None and run.output is None:
+                self._take_up(run, approvals)
             while run.output is None:
                 if run.answer is None:
                     self._check(run)
                     answer = yield from self._ask(run, streams)
-                    run.answered(answer)
-                yield from self._call_tools(run)
+                    run.answered(answer, self._clock.new_id)
+                results = yield from self._call_tools(run)
                 if run.pending:
+                    waiting = [{"id": p.call.id, "reason": p.reason} for p in run.pending]
+                    run.write("paused", {"pending": waiting})
                     run.finish("paused")
+                    assert run.answer is not None  # noqa: S101 - whose calls wait
+                    yield AgentEvent(
+                        "turn", turn=Turn(len(run.turns) + 1, run.answer, tuple(results))
+                    )
                     yield AgentEvent("result", result=run.result)
                     return
                 turn = run.end_turn()
@@ -308,9 +329,30 @@ class Agent(Generic[T]):
             yield AgentEvent("result", result=run.result)
         except LLMError as error:
             error.result = run.result  # type: ignore[attr-defined]
-            with suppress(LLMError):  # of the store; the first error is the one to tell
-                run.finish("failed")
+            if not isinstance(error, ConflictError):  # the run is another's now
+                with suppress(LLMError):  # of the store; the first error is the one to tell
+                    run.finish("failed")
             raise
+
+    def _take_up(self, run: _Run, approvals: Mapping[str, bool]) -> None:
+        """Go on with a run of before: what a person decided, what it has cost so far."""
+        waiting = {pending.call.id for pending in run.pending}
+        for call_id, yes in approvals.items():
+            if call_id not in waiting:
+                raise LLMConfigError(f"no call {call_id!r} of this run waits for a decision")
+            if not isinstance(yes, bool):
+                raise LLMConfigError(f"approvals[{call_id!r}] is {yes!r}; give True or False")
+        run.finish("running")
+        for call_id, yes in approvals.items():
+            run.write("decision", {"id": call_id, "yes": yes})
+        run.pending = ()
+        cost = run.result.cost
+        if run.budget is not None and run.budget is not self.budget and cost is not None:
+            try:
+                run.budget.reserve(cost, 0).settle(cost, 0)
+            except LLMBudgetError as error:
+                problem = f"{self.name} had spent its budget before it was resumed: {error}"
+                raise AgentLimitError(problem, limit="cost") from error
 
     def _check(self, run: _Run) -> None:
         """Whether the model may be asked once more."""
@@ -394,11 +436,12 @@ class Agent(Generic[T]):
         left = self._left(run)
         return request if left is None else {**request, "deadline": left}
 
-    def _call_tools(self, run: _Run) -> Iterator[AgentEvent]:
-        """Run the calls of the answer that have no result yet."""
-        calls = [call for call in run.calls if call.name != FINAL and call.id not in run.results]
+    def _call_tools(self, run: _Run) -> Generator[AgentEvent, None, list[ToolResult]]:
+        """Run the calls of the answer that have no result yet; its value are all results so far."""
+        final = FINAL if self._output is not None else None
+        calls = [call for call in run.calls if call.name != final and call.id not in run.results]
         if not calls:
-            return
+            return []
         if self.max_tool_calls is not None and run.tool_calls + len(calls) > self.max_tool_calls:
             raise AgentLimitError(
                 f"{self.name} wants more than {self.max_tool_calls} tool calls, its limit",
@@ -408,13 +451,17 @@ class Agent(Generic[T]):
         ready = [call for call in calls if call not in unknown]
         for call in ready:
             yield AgentEvent("tool_call", tool_call=call)
-        with self.llm.budget(run.budget) if run.budget else nullcontext():
+        left = self._left(run)
+        with ExitStack() as bounds:  # for what the tools ask of a model
+            bounds.enter_context(self.llm.deadline(left))
+            if run.budget is not None:
+                bounds.enter_context(self.llm.budget(run.budget))
             results = self.toolbox.run(
                 ready,
-                approvals=run.decisions,
+                approvals=dict(run.decisions),
                 deps=run.deps,
                 cancel=run.cancel.event if run.cancel is not None else None,
-                deadline=self._left(run),
+                deadline=left,
                 on_start=lambda call: self._note_start(run, call),
                 on_result=run.took,
             )
@@ -422,6 +469,10 @@ class Agent(Generic[T]):
             yield AgentEvent("tool_result", tool_result=result)
         waiting = [Pending(result.call) for result in results if result.outcome == "pending"]
         run.pending = (*waiting, *(Pending(call, "unknown") for call in unknown))
+        return [
+            *run.results.values(),
+            *(result for result in results if result.outcome == "pending"),
+        ]
 
     def _effect(self, call: ToolCall) -> str:
         tool = self.toolbox.get(call.name)
@@ -457,16 +508,20 @@ class Agent(Generic[T]):
         try:
             output = self._output.read(text)
         except InvalidOutputError as error:
-            run.output_attempts += 1
-            if run.output_attempts >= MAX_OUTPUT_ATTEMPTS:
-                problem = f"no valid answer in {run.output_attempts} attempts: {error}"
+            attempts, told = run.output_attempts + 1, str(error)
+            if attempts >= MAX_OUTPUT_ATTEMPTS:
+                problem = f"no valid answer in {attempts} attempts: {told}"
                 raise self._no_output(problem, "invalid", run, text) from None
-            told = str(error)
-            if final is None:
-                run.write("told", {"text": _CALL_FINAL.format(problem=told)})
             for call in finals:
                 if call.id not in run.results:
                     run.write("result", {"id": call.id, "content": told, "outcome": "retry"})
+            run.write(
+                "told",
+                {
+                    "text": None if finals else _CALL_FINAL.format(problem=told),
+                    "attempts": attempts,
+                },
+            )
             return
         for call in finals:  # so that the messages can be gone on with
             if call.id not in run.results:
@@ -521,12 +576,12 @@ class _Run:
         self.warned = False
         self.output: tuple[Any] | None = None  # in a tuple: it may be None itself
         self.output_attempts = 0
-        self.unjudged = False  # the last step was the end of a turn
+        self.unjudged = False  # a turn is over, and what follows from it is not decided
         self._number = 0
 
-    def answered(self, response: ChatCompletionResponse) -> None:
+    def answered(self, response: ChatCompletionResponse, new_id: Callable[[], str]) -> None:
         """The model answered."""
-        self.write("answer", _answer(response))
+        self.write("answer", _answer(response, new_id))
         # The response itself knows more than what was written down: its latency, its request.
         self.answer = response
         self.messages[-1] = response.choices[0].message
@@ -536,12 +591,17 @@ class _Run:
         journal = self._agent._journal  # noqa: SLF001
         if journal is not None:
             journal.append(self.id, self._number, kind, payload)
+        self.apply(kind, payload)
+
+    def apply(self, kind: str, payload: Mapping[str, Any]) -> None:
+        """The next step, just written or read again."""
+        self._number += 1
         self.restore(kind, payload)
+        # After these the loop has something to decide; every other step is followed by the next one.
+        self.unjudged = self.answer is None and kind in ("turn", "result")
 
     def restore(self, kind: str, payload: Mapping[str, Any]) -> None:
-        """What a step does to the run, when it is written and when it is read again."""
-        self._number += 1
-        self.unjudged = kind in ("turn", "result") and self.answer is None
+        """What a step does to the run."""
         if kind == "begin":
             self.messages += [Message.model_validate(message) for message in payload["messages"]]
         elif kind == "answer":
@@ -549,17 +609,29 @@ class _Run:
             cost = payload.get("cost")
             self.costs.append(None if cost is None else Decimal(cost))
             self.messages.append(self.answer.choices[0].message)
+            # An id means a call of this answer only: servers use them again.
+            self.results, self.started, self.decisions = {}, set(), {}
         elif kind == "started":
             self.started.add(payload["id"])
+            self.decisions.pop(payload["id"], None)  # it was for this once
+        elif kind == "held":
+            self.started.discard(payload["id"])
+        elif kind == "paused":
+            reasons = {waiting["id"]: waiting["reason"] for waiting in payload["pending"]}
+            self.pending = tuple(
+                Pending(call, reasons[call.id]) for call in self.calls if call.id in reasons
+            )
         elif kind == "decision":
             self.decisions[payload["id"]] = payload["yes"]
+            self.pending = tuple(p for p in self.pending if p.call.id != payload["id"])
         elif kind == "result":
             self._result(payload)
         elif kind == "turn":
             self._turn()
-            self.unjudged = True
         elif kind == "told":
-            self.messages.append(Message(role="user", content=payload["text"]))
+            self.output_attempts = payload.get("attempts", self.output_attempts)
+            if payload["text"] is not None:
+                self.messages.append(Message(role="user", content=payload["text"]))
             if payload.get("circles"):
                 self.warned = True
                 self.rounds.clear()
@@ -570,7 +642,12 @@ class _Run:
 
     def took(self, result: ToolResult) -> None:
         """A tool's result is there."""
-        if result.outcome != "pending":
+        if result.outcome == "pending":
+            if (
+                result.call.id in self.started
+            ):  # the tool itself asked for a person, and did nothing
+                self.write("held", {"id": result.call.id})
+        else:
             values = {"id": result.call.id, "content": result.content, "outcome": result.outcome}
             self.write("result", {**values, "seconds": result.seconds})
             # What the tool returned, for the program; it is not written down.
@@ -602,6 +679,23 @@ class _Run:
         self.answer = None
         self.results = {}
 
+    def _closed_messages(self) -> list[Message]:
+        """The messages, each call of the last answer answered: no server takes an open one."""
+        messages, answered = list(self.messages), set()
+        for last in reversed(messages):
+            if last.role == "assistant":
+                break
+            answered.add(last.tool_call_id)
+        else:
+            return messages
+        open_calls = [call for call in last.tool_calls or [] if call.id not in answered]
+        texts = {p.call.id: "not run: it waits for a person's decision" for p in self.pending}
+        for call in open_calls:
+            text = texts.get(call.id, "not run: the run ended before")
+            result = self.results.get(call.id) or ToolResult(call, text, "failed")
+            messages.append(result.message)
+        return messages
+
     def finish(self, status: str) -> None:
         journal = self._agent._journal  # noqa: SLF001
         if journal is not None:
@@ -620,13 +714,29 @@ class _Run:
             cost = sum((cost for cost in self.costs if cost is not None), Decimal(0))
         return RunResult(
             output=self.output[0] if self.output else None,
-            messages=tuple(self.messages),
+            messages=tuple(self._closed_messages()),
             turns=tuple(self.turns),
             usage=sum(known[1:], known[0]) if known and len(known) == len(usages) else None,
             cost=cost,
             pending=self.pending,
             run_id=self.id,
         )
+
+
+def _said(prompt: Any) -> list[Message]:
+    """What the user says: text, content parts, or messages."""
+    parts = isinstance(prompt, (list, tuple)) and bool(prompt)
+    if parts and all(isinstance(part, Mapping) and "role" not in part for part in prompt):
+        prompt = Message(role="user", content=[dict(part) for part in prompt])
+    if isinstance(prompt, str) and prompt:
+        prompt = Message(role="user", content=prompt)
+    if isinstance(prompt, Message):
+        return [prompt]
+    if not prompt or isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+        raise LLMConfigError(
+            f"prompt is {prompt!r:.60}; say what the agent is to do, as text or as messages"
+        )
+    return [_message(message) for message in prompt]
 
 
 def _last(events: Iterable[AgentEvent]) -> RunResult[Any]:
@@ -640,8 +750,10 @@ def _last(events: Iterable[AgentEvent]) -> RunResult[Any]:
 def _message(message: Message | Mapping[str, Any]) -> Message:
     if isinstance(message, Message):
         return message
-    if not isinstance(message, Mapping):
-        raise LLMConfigError(f"a message is a dict or a Message, not {type(message).__name__}")
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise LLMConfigError(
+            f"a message is a Message, or a dict with a role and content, not {message!r:.60}"
+        )
     return Message.model_validate(dict(message))
 
 
@@ -650,12 +762,12 @@ def _dump(value: Any) -> dict[str, Any]:
     return dumped
 
 
-def _answer(response: ChatCompletionResponse) -> dict[str, Any]:
+def _answer(response: ChatCompletionResponse, new_id: Callable[[], str]) -> dict[str, Any]:
     """An answer as a step. Calls without an id of their own get one: results are matched by it."""
     seen: set[str | None] = {None, ""}
-    for number, call in enumerate(response.tool_calls):
+    for call in response.tool_calls:
         if call.id in seen:
-            call.id = f"call_{number}_{response.id or 'x'}"
+            call.id = f"call_{new_id()}"
         seen.add(call.id)
     cost = response.cost
     return {
@@ -667,7 +779,7 @@ def _answer(response: ChatCompletionResponse) -> dict[str, Any]:
 def _canonical(call: ToolCall) -> str:
     try:
         return json.dumps(json.loads(call.arguments or "{}"), sort_keys=True)
-    except ValueError:
+    except (ValueError, RecursionError):
         return call.arguments
 
 

@@ -112,6 +112,10 @@ def _power(base: _Number, exponent: _Number) -> _Number:
         return _Number(Fraction(0), exact)
     if abs(times) * abs(Fraction(Context(prec=9).log10(_decimal(abs(value))))) > MAX_DIGITS:
         _too_large()
+    if (
+        abs(times) > 10**30
+    ):  # the error of the rounded base grows with it, into the digits that are shown
+        _too_large()
     rounded = Context(prec=_CARRIED).power(_decimal(value), _decimal(times))
     return _settled(Fraction(rounded), exact=False)
 

@@ -506,7 +506,8 @@ class StableContext:
 
 
 def _wire(message: Message) -> str:
-    return message.model_dump_json()
+    # Not `model_dump_json`, which refuses half a surrogate pair.
+    return json.dumps(message.model_dump(), ensure_ascii=False)
 
 
 def _digest(messages: list[Message]) -> bytes:

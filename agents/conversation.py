@@ -287,10 +287,13 @@ class Conversation:
             _check_form(form)
         system, messages = _imported(data, form)
         options.setdefault("system", system)
+        if id is not None and store is not None:
+            # Looked at before it is opened, which would set the system message.
+            _check_empty(store, id)
         conversation = cls.open(store, id, llm=llm, **options)
         try:
             if conversation.history:
-                raise ConflictError(f"there is a conversation {id!r} already: choose another id")
+                raise _taken(id)
             free = [Stored(message, cost=Decimal(0)) for message in messages]
             conversation._append(conversation._state, free)  # noqa: SLF001 - its own class
         except BaseException:
@@ -735,3 +738,17 @@ def _arguments_text(value: Any) -> str:
     if isinstance(value, Mapping) and value.keys() == {"invalid_json"}:
         return str(value["invalid_json"])
     return json.dumps(value or {}, ensure_ascii=False)
+
+
+def _taken(id_: str | None) -> ConflictError:
+    return ConflictError(f"there is a conversation {id_!r} already: choose another id")
+
+
+def _check_empty(store: Store | str, id_: str) -> None:
+    opened = Store.open(store) if isinstance(store, str) else store
+    try:
+        if opened.conversations.get(id_) is not None and opened.conversations.messages(id_):
+            raise _taken(id_)
+    finally:
+        if opened is not store:
+            opened.close()

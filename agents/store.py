@@ -41,6 +41,10 @@ Reason = Literal[
 ]  # fmt: skip
 
 
+# Characters of a search that are looked at; SQLite takes a pattern of 50,000 bytes.
+_MAX_QUERY = 1000
+
+
 class StoreError(LLMError):
     """The store cannot do it; nothing of it was written.
 
@@ -622,6 +626,7 @@ class Conversations:
             conversation: in this one only.
         """
         wanted = _clean(text) or ""
+        wanted = wanted[:_MAX_QUERY]
         if not wanted.strip():
             return []
         where = ""

@@ -663,7 +663,8 @@ def _default(parameter: inspect.Parameter) -> dict[str, Any]:
 def _seconds(whose: str, timeout: Any) -> float | None:
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+    real = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not real or not 0 < timeout < threading.TIMEOUT_MAX:
         raise LLMConfigError(f"timeout of {whose} is {timeout!r}; give seconds above 0, or None")
     return float(timeout)
 

@@ -10,9 +10,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from types import SimpleNamespace
 
-import genai_prices
 import pytest
-from genai_prices.data_snapshot import get_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +18,9 @@ from LLM.errors import LLMConfigError
 from LLM.prices import Price, Pricing, add, context_window, dollars, dollars_text
 from LLM.providers.hosts import HOSTS
 from LLM.types import TokenUsage
+
+genai_prices = pytest.importorskip("genai_prices", reason="the extra `cost` is not installed")
+get_snapshot = genai_prices.data_snapshot.get_snapshot
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
 IDS = {"gemini": "google", "xai": "x-ai"}

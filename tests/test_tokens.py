@@ -20,6 +20,7 @@ import LLM.tokens as module
 from LLM.errors import LLMConfigError
 from LLM.tokens import TokenCount, TokenEstimator, context_window, count_tokens
 from LLM.types import Message, ToolCall
+from tests.fakes import needs_price_data
 
 TEXTS = sorted((Path(__file__).parent / "data" / "tokens").glob("*.txt"))
 
@@ -253,6 +254,7 @@ def test_a_vocabulary_that_is_not_public_is_estimated(model):
     assert counted.method == f"estimate: no vocabulary known for {model}"
 
 
+@needs_price_data
 @pytest.mark.parametrize(
     "model",
     ["GPT-4o", "OpenAI/GPT-4o", "openrouter/OpenAI/gpt-4o", "azure/gpt-4o", "Azure/openai/GPT-4O"],
@@ -711,11 +713,13 @@ def test_a_count_is_a_plain_value(again):
     assert f"{twin:,} {twin + 1}" == "5 6"
 
 
+@needs_price_data
 @pytest.mark.parametrize("model", ["gpt-4o", "openai/gpt-4o", "openrouter/openai/gpt-4o"])
 def test_the_context_window_comes_from_the_price_data(model):
     assert context_window(model) == context_window("gpt-4o", "openai") == 128_000
 
 
+@needs_price_data
 @pytest.mark.parametrize(
     "model", ["gemini-2.5-pro", "gemini/gemini-2.5-pro", "google/gemini-2.5-pro"]
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from LLM.policies.usage import PENDING, ModelUsage, UsageTotals
 from LLM.prices import Price, Pricing
 from LLM.types import TokenUsage
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, needs_price_data
 
 
 def totals(**prices):
@@ -213,6 +213,7 @@ def test_the_whole_is_the_sum_of_the_models(calls):
     )
 
 
+@needs_price_data
 def test_the_first_call_loads_no_prices():
     code = """
 import sys

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import pytest
 from pydantic import BaseModel
 
 from agents.agent import Agent, Cancel
-from agents.store import Store
-from agents.tools import ToolContext, ToolFailed, ToolRetry, tool
+from agents.store import ConflictError, Store
+from agents.tools import ToolContext, ToolFailed, ToolPending, ToolRetry, tool
 from agents.types import (
     AgentCancelledError,
     AgentError,
@@ -506,7 +507,7 @@ import json, os, signal, sys
 sys.path.insert(0, {root!r})
 from LLM import LLM
 from agents.agent import Agent
-from agents.store import Store
+from agents.store import ConflictError, Store
 from agents.tools import tool
 from pydantic import BaseModel
 
@@ -600,9 +601,6 @@ def test_a_run_survives_being_killed_at_any_step(server, tmp_path, at):
     assert killed.returncode == -9, killed.stderr
     asked = len(server.requests)
     gone_on = run_script(path, "resume", 0)
-    if at == 1:  # nothing was written yet
-        assert "no run" in gone_on.stderr
-        return
     assert gone_on.returncode == 0, gone_on.stderr
     text, turns, roles = json.loads(gone_on.stdout)
     assert turns == 3
@@ -654,3 +652,267 @@ def test_an_error_of_a_tool_is_told_and_not_raised(server, llm):
     result = Agent(llm, tools=[broken]).run("Try.")
     assert [t.results[0].outcome for t in result.turns[:3]] == ["retry", "failed", "failed"]
     assert "boom" in result.turns[2].results[0].content
+
+
+# What was found by trying to break it
+
+
+@pytest.fixture
+def store():
+    with Store.open(":memory:") as opened:
+        yield opened
+
+
+@pytest.fixture
+def paid():
+    return []
+
+
+@pytest.fixture
+def pay(paid):
+    @tool(approval=True, effect="once")
+    def pay(dollars: int) -> str:
+        """Pay."""
+        paid.append(dollars)
+        return "paid"
+
+    return pay
+
+
+def call(id_, name="pay", **arguments):
+    return {"tool_calls": [{"name": name, "arguments": arguments, "id": id_}]}
+
+
+def open_calls(messages):
+    wanted = [c.id for m in messages for c in m.tool_calls or []]
+    return [id_ for id_ in wanted if id_ not in [m.tool_call_id for m in messages]]
+
+
+def test_an_approval_is_used_up_when_the_tool_begins(server, llm, store):
+    """After a crash inside the tool nobody knows, and the old yes is no yes to doing it again."""
+    tries = []
+
+    @tool(approval=True, effect="once")
+    def send(to: str) -> str:
+        """Send."""
+        tries.append(to)
+        raise KeyboardInterrupt
+
+    script(server, call("c1", "send", to="bob"))
+    agent = Agent(llm, tools=[send], store=store)
+    agent.run("Send.", run_id="r")
+    with pytest.raises(KeyboardInterrupt):
+        agent.resume("r", approvals={"c1": True})
+    again = agent.resume("r")
+    assert [p.reason for p in again.pending] == ["unknown"]
+    assert tries == ["bob"]
+    assert [run.id for run in store.journal.runs("paused")] == ["r"]
+
+
+def test_an_approval_is_for_one_call_only_though_its_id_comes_again(server, llm, store, pay, paid):
+    script(server, call("call_0", dollars=5), call("call_0", dollars=5000), "done")
+    agent = Agent(llm, tools=[pay], store=store)
+    first = agent.run("Pay.")
+    second = agent.resume(first.run_id, approvals={"call_0": True})
+    assert second.paused
+    assert paid == [5]
+
+
+@pytest.mark.parametrize("wrong", [{"c1": "no"}, {"c1": 1}, {"c2": True}])
+def test_an_approval_that_is_none_is_refused(server, llm, store, pay, paid, wrong):
+    script(server, call("c1", dollars=5))
+    agent = Agent(llm, tools=[pay], store=store)
+    paused = agent.run("Pay.")
+    with pytest.raises(LLMConfigError):
+        agent.resume(paused.run_id, approvals=wrong)
+    assert paid == []
+    assert agent.resume(paused.run_id).pending == paused.pending
+
+
+def test_two_who_resume_at_once_do_not_both_pay(server, llm, store, paid):
+    @tool(approval=True, effect="once")
+    def pay(dollars: int) -> str:
+        """Pay."""
+        paid.append(dollars)
+        time.sleep(0.3)
+        return "paid"
+
+    script(server, call("c1", dollars=5), "done", "done")
+    agent = Agent(llm, tools=[pay], store=store)
+    paused = agent.run("Pay.")
+
+    def resume():
+        try:
+            return agent.resume(paused.run_id, approvals={"c1": True})
+        except (LLMConfigError, ConflictError) as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(resume)
+        time.sleep(0.1)
+        second = pool.submit(resume)
+    assert paid == [5]
+    assert first.result().output == "done"
+    assert isinstance(second.result(), LLMConfigError)
+
+
+def test_an_inner_agent_that_waits_for_a_person_has_not_done_it(server, llm, store, pay, paid):
+    inner = Agent(llm, name="clerk", tools=[pay], store=store)
+    script(server, call("o1", "clerk", task="Pay 5."), call("c1", dollars=5), "I could not.")
+    result = Agent(llm, tools=[inner.as_tool()]).run("Pay 5.")
+    assert result.turns[0].results[0].outcome == "failed"
+    assert "person" in result.turns[0].results[0].content
+    assert paid == []
+
+
+def test_servers_without_ids_pause_nobody(server, llm, paid):
+    @tool
+    def once(n: int) -> str:
+        """Once."""
+        paid.append(n)
+        return "ok"
+
+    def without_id(n):
+        calls = [{"function": {"name": "once", "arguments": json.dumps({"n": n})}}]
+        message = {"role": "assistant", "tool_calls": calls}
+        return {"body": {"choices": [{"message": message, "finish_reason": "tool_calls"}]}}
+
+    script(server, without_id(1), without_id(2), "done")
+    assert Agent(llm, tools=[once]).run("Go.").output == "done"
+    assert paid == [1, 2]
+
+
+def test_the_same_id_of_two_final_answers_mixes_nothing_up(server, llm):
+    script(server, call("f", "final_answer", value="x"), call("f", "final_answer", value=3))
+    result = Agent(llm, output_type=int).run("3?")
+    assert result.output == 3
+    assert [m.role for m in result.messages] == ["user", "assistant", "tool", "assistant", "tool"]
+
+
+def test_arguments_as_deep_as_the_sea_are_mended(server, llm):
+    script(
+        server,
+        {"tool_calls": [{"name": "add", "arguments": "[" * 1100}]},
+        "ok",
+    )
+    result = Agent(llm, tools=[add]).run("Go.")
+    assert result.turns[0].results[0].outcome == "retry"
+
+
+def test_a_final_answer_that_nobody_asked_for_is_answered(server, llm):
+    script(server, call("f", "final_answer", value=3), "three")
+    result = Agent(llm, tools=[add]).run("Go.")
+    assert result.output == "three"
+    assert open_calls(result.messages) == []
+
+
+def test_a_finished_run_stays_as_it_is(server, llm, store, pay):
+    script(server, call("c1", dollars=5), "done", "something else")
+    agent = Agent(llm, tools=[pay], store=store)
+    paused = agent.run("Pay.")
+    agent.resume(paused.run_id, approvals={"c1": True})
+    assert agent.resume(paused.run_id, approvals={"c1": True}).output == "done"
+    assert len(server.requests) == 2
+
+
+def test_a_run_can_be_resumed_from_its_very_beginning(server, llm, store):
+    message = {"role": "user", "content": "Hello!"}
+    store.journal.begin("r", "agent", {"messages": [message]})  # and then it broke off
+    script(server, "Hi!")
+    assert Agent(llm, store=store).resume("r").output == "Hi!"
+
+
+def test_a_tool_that_asks_for_a_person_itself_did_nothing(server, llm, store):
+    @tool(effect="once")
+    def ask(what: str) -> str:
+        """Ask."""
+        raise ToolPending("not without a person")
+
+    script(
+        server, {"tool_calls": [{"name": "ask", "arguments": {"what": x}, "id": x} for x in "ab"]}
+    )
+    agent = Agent(llm, tools=[ask], store=store)
+    paused = agent.run("Go.")
+    still = agent.resume(paused.run_id, approvals={"a": False})
+    assert [(p.call.id, p.reason) for p in still.pending] == [("b", "approval")]
+
+
+def test_attempts_at_an_output_are_not_given_again(server, llm, store):
+    script(server, *["no json"] * 10)
+    agent = Agent(llm, output_type=City, store=store)
+    with pytest.raises(LLMOutputError) as caught:
+        agent.run("Rome?", run_id="r")
+    for _ in range(2):
+        with pytest.raises(LLMOutputError) as caught:
+            agent.resume("r")
+    assert len(server.requests) == 3
+    assert caught.value.result.turns
+
+
+def test_the_end_of_an_outer_run_reaches_the_inner_one(server, llm):
+    @tool(effect="read")
+    def slow(n: int) -> int:
+        """Slow."""
+        time.sleep(0.2)
+        return n
+
+    count = iter(range(1000))
+
+    def answer(request):
+        if any(tool["function"]["name"] == "inner" for tool in request.json["tools"]):
+            return calls(("inner", {"task": "x"}))
+        return calls(("slow", {"n": next(count)}))
+
+    server.reply(answer)
+    inner = Agent(llm, name="inner", tools=[slow], max_turns=50)
+    with pytest.raises(AgentLimitError):
+        Agent(llm, tools=[inner.as_tool()], deadline=0.5).run("Go.")
+    asked = len(server.requests)
+    time.sleep(0.7)
+    assert len(server.requests) <= asked + 1
+
+
+@pytest.mark.parametrize("options", [{"max_tool_calls": 1}, {"output_type": City}])
+def test_the_messages_of_a_failed_run_can_be_gone_on_with(server, llm, options):
+    both = ("add", {"a": 1, "b": 1}), ("add", {"a": 2, "b": 2})
+    final = call("f", "final_answer", name="Rome")
+    script(server, *([final] * 3 if "output_type" in options else [calls(*both)]))
+    with pytest.raises((AgentLimitError, LLMOutputError)) as caught:
+        Agent(llm, tools=[add], **options).run("Go.")
+    assert open_calls(caught.value.result.messages) == []
+
+
+def test_an_agents_own_instructions_go_before_those_of_the_history(server, llm):
+    script(server, "a", "b")
+    first = Agent(llm, instructions="A").run("x")
+    Agent(llm, instructions="B").run("y", history=first.messages)
+    assert [c for r, c in contents(server.requests[1]) if r == "system"] == ["B"]
+
+
+def test_who_goes_turn_by_turn_sees_the_pause(server, llm, store, pay):
+    script(server, call("c1", dollars=5))
+    (turn,) = Agent(llm, tools=[pay], store=store).iter("Pay.")
+    assert [result.outcome for result in turn.results] == ["pending"]
+
+
+def test_a_budget_that_is_spent_is_said_at_once_when_resuming(server, llm, store, pay, paid):
+    script(
+        server, {**call("c1", dollars=5), "usage": {"prompt_tokens": 10, "completion_tokens": 50}}
+    )
+    paused = Agent(llm, tools=[pay], store=store, max_tokens=100).run("Pay.", run_id="r")
+    with pytest.raises(AgentLimitError) as caught:
+        Agent(llm, tools=[pay], store=store, max_tokens=100, budget="0.00001").resume("r")
+    assert caught.value.result.turns == paused.turns
+    assert paid == []
+
+
+def test_content_parts_are_a_prompt(server, llm):
+    script(server, "ok")
+    Agent(llm).run([{"type": "text", "text": "hi"}])
+    assert server.requests[0].json["messages"][0]["content"] == [{"type": "text", "text": "hi"}]
+
+
+@pytest.mark.parametrize("wrong", [None, "", {}, {"role": "user"}, 5, [{"role": 5}]])
+def test_what_is_no_prompt_is_refused_in_a_line(llm, wrong):
+    with pytest.raises(LLMConfigError):
+        Agent(llm).run(wrong)

@@ -12,6 +12,7 @@ from agents.context import StableContext, fit
 from agents.retrieval import Chunk, Document, Index, Scored, place, plan, split
 from agents.types import Message, TokenUsage
 from LLM import LLM, LLMConfigError, LLMContextLengthError, count_tokens
+from tests.fakes import needs_price_data
 
 SYSTEM = Message(role="system", content="You are kind.")
 TOOLS = [
@@ -124,6 +125,7 @@ def test_what_must_stay_and_does_not_fit_is_an_error_that_says_by_how_much():
         fit([SYSTEM], 2, reserve=0, count=words)
 
 
+@needs_price_data
 def test_the_window_may_be_the_models_own():
     assert fit([user("Hello!")], model="gpt-4o").turns == 0
     with pytest.raises(LLMConfigError, match="window of 'my-own' is unknown"):
@@ -858,6 +860,7 @@ def test_a_question_that_leaves_no_room_is_an_error():
         plan(LIBRARY, 500, question="cars " * 500, reserve=0)
 
 
+@needs_price_data
 def test_the_window_of_a_plan_is_checked():
     assert plan(["a"], question="b").whole
     with pytest.raises(LLMConfigError, match="unknown"):
