@@ -116,6 +116,7 @@ def test_the_cost_may_be_handed_over_or_asked_for_later():
     assert len(asked) == 1
 
 
+@needs_price_data
 def test_prices_are_those_of_the_day_of_the_call():
     clock = FakeClock()
     clock.time = 1786924799.0  # the second before 2026-08-17, when a price began

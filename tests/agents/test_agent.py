@@ -679,8 +679,8 @@ def pay(paid):
     return pay
 
 
-def call(id_, name="pay", **arguments):
-    return {"tool_calls": [{"name": name, "arguments": arguments, "id": id_}]}
+def call(id_, called="pay", /, **arguments):
+    return {"tool_calls": [{"name": called, "arguments": arguments, "id": id_}]}
 
 
 def open_calls(messages):
