@@ -10,12 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
 from LLM.errors import LLMConfigError
 from LLM.policies.sqlite import Database, DatabaseError, sqlite_path
+
+ROOT = Path(__file__).parents[1]
 
 SCHEMA = (
     "CREATE TABLE notes (name TEXT PRIMARY KEY, text BLOB); CREATE INDEX by_text ON notes (text);"
@@ -576,3 +580,35 @@ def test_a_file_that_cannot_be_switched_to_wal_now_is_used_as_it_is(tmp_path):
         other.execute("SELECT * FROM notes").fetchall()
         with closing(database(path)) as db:
             assert db.run(names, write=False) == {"a"}
+
+
+def test_processes_that_make_a_file_at_once_all_know_it_as_theirs(tmp_path):
+    """The tables of another process may appear between two looks at a new file."""
+    code = """
+import sys
+from LLM.policies.sqlite import Database
+database = Database(sys.argv[1], kind="test", application_id=7, schema="CREATE TABLE t (x)")
+print("ready", flush=True)
+for line in sys.stdin:
+    Database(line.strip(), kind="test", application_id=7, schema="CREATE TABLE t (x)").run(
+        lambda c: c.execute("INSERT INTO t VALUES (1)")
+    )
+"""
+    pipe = subprocess.PIPE
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, "sqlite:///unused.db"],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            cwd=ROOT,
+        )
+        for _ in range(4)
+    ]
+    for process in workers:
+        assert process.stdout.readline() == "ready\n"
+    files = "".join(f"sqlite:///{tmp_path}/{number}.db\n" for number in range(60))
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda process: process.communicate(files)[1], workers))
+    assert said == [""] * 4

@@ -684,6 +684,8 @@ def cache_key(*, dialect: str, base_url: str, headers: Mapping[str, str], body: 
 
 
 def _without_login(url: str) -> str:
+    if "@" not in url:
+        return url.rstrip("/")
     scheme, mark, rest = url.rstrip("/").partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"

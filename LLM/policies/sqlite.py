@@ -213,7 +213,11 @@ class Database:
         """Make the tables of a new file, or know the file as ours, before anything is changed."""
         import sqlite3
 
-        if not self._is_ours(connection):
+        # In one transaction: another process may make the tables between two looks.
+        connection.execute("BEGIN")
+        ours = self._is_ours(connection)
+        connection.execute("COMMIT")
+        if not ours:
             connection.execute("BEGIN IMMEDIATE")
             if not self._is_ours(connection):  # another process may have been quicker
                 for statement in _statements(self.schema):

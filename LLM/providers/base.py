@@ -176,12 +176,12 @@ class Provider(Protocol):
 
 
 def limit_in(call: Call, *names: str) -> int | None:
-    """A token limit of the request, under the first of the names that it has."""
+    """A whole number of the request, under the first of the names that it has."""
+    fields = {**call.params, **call.extra_body} if call.extra_body else call.params
     for name in names:
-        for fields in (call.extra_body, call.params):
-            limit = fields.get(name)
-            if isinstance(limit, int) and limit is not True:
-                return limit
+        limit = fields.get(name)
+        if type(limit) is int:
+            return limit
     return None
 
 
