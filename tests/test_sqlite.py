@@ -421,7 +421,9 @@ def test_a_file_made_by_two_at_once_is_made_once(tmp_path):
 
         def late(connection):
             answer = looked(connection)
+            connection.execute("COMMIT")  # of the look
             other.run(note("a"))
+            connection.execute("BEGIN")
             db._is_ours = looked
             return answer
 
