@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from decimal import Decimal
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, overload
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 from LLM.clock import Clock
 from LLM.config import (
@@ -37,7 +37,7 @@ from LLM.pipeline import (
     retry,
 )
 from LLM.policies.budget import Budget, active_budgets, enter, leave
-from LLM.policies.cache import ResponseCache
+from LLM.policies.cache import CACHE_MODES, CacheMode, ResponseCache
 from LLM.policies.fallback import FallbackPolicy
 from LLM.policies.ratelimit import RateLimiter
 from LLM.policies.retry import RetryPolicy, RetryQuota, as_policy
@@ -71,8 +71,6 @@ T = TypeVar("T")
 
 Messages = Iterable[Message | Mapping[str, Any]]
 OnError = Literal["raise", "event"]
-CacheMode = Literal["on", "read", "refresh", "off"]
-_CACHE_MODES = get_args(CacheMode)
 
 
 class _Options(NamedTuple):
@@ -1118,8 +1116,8 @@ class LLM:
         deadline = config.deadline if options.deadline is UNSET else options.deadline
         _check("temperature", checked_temperature, params.get("temperature"))
         _check("max_tokens", checked_positive, params.get("max_tokens"))
-        if options.cache not in _CACHE_MODES:
-            modes = ", ".join(map(repr, _CACHE_MODES))
+        if options.cache not in CACHE_MODES:
+            modes = ", ".join(map(repr, CACHE_MODES))
             raise LLMConfigError(f"cache is {options.cache!r}; it must be one of {modes}")
         _check("timeout", checked_seconds, timeout)
         _check("deadline", checked_seconds, deadline)

@@ -278,7 +278,13 @@ class LLMConfig(BaseModel):
     def _check_budget(cls, value: Any) -> Decimal | None:
         if value is None:
             return None
-        amount = dollars(value, "it")
+        problem = ""
+        try:
+            amount = dollars(value, "it")
+        except LLMConfigError as error:
+            problem = str(error).removeprefix("it ")
+        if problem:
+            raise ValueError(problem)
         if amount == 0:
             raise ValueError("is 0; give US dollars above 0, or None for no limit")
         return amount

@@ -410,7 +410,7 @@ def pace(
                     on_wait=lambda seconds: _waited(hooks, job, "rate_limit", seconds),
                 )
             except BaseException as error:  # also Ctrl-C, in a wait
-                error.unsent = True  # type: ignore[attr-defined]
+                error.unsent = True  # type: ignore[attr-defined]  # any exception takes a note
                 raise
             try:
                 outcome = handler(job)

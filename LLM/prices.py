@@ -124,7 +124,7 @@ class Price:
 
     def cost(self, usage: TokenUsage, batch: bool = False) -> Decimal | None:
         """US dollars for these tokens; `None` if prompt or completion tokens are unknown."""
-        rates: _Rates = self._rates(self.batch) if batch else self._alone  # type: ignore[attr-defined]
+        rates: _Rates = self._rates(self.batch) if batch else self._alone  # type: ignore[attr-defined]  # no field: derived
         return rates.cost(usage)
 
     def worst_case(self, prompt_tokens: int, completion_tokens: int) -> Decimal:

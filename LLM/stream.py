@@ -449,7 +449,7 @@ class Stream:
 
 def _events(answer: Answer) -> Iterator[StreamEvent]:
     """The events of an answer that is whole."""
-    choice = answer.choices[0] if getattr(answer, "choices", None) else None  # type: ignore[attr-defined]
+    choice = answer.choices[0] if getattr(answer, "choices", None) else None  # type: ignore[attr-defined]  # if it has them
     if isinstance(answer, ChatCompletionResponse) and choice is not None:
         reasoning = (choice.message.model_extra or {}).get("reasoning_content")
         if isinstance(reasoning, str) and reasoning:

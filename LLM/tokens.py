@@ -188,7 +188,7 @@ class TokenEstimator:
             return
         # Without a lock: of two threads that learn at once one may be forgotten, which no average feels.
         learned = self._models.get(model) or self._learned(model)
-        learned.learn(estimated / (counted._ratio if counted else learned.ratio), real)  # noqa: SLF001
+        learned.learn(estimated / (counted._ratio if counted else learned.ratio), real)  # noqa: SLF001 - ours
 
     def ratio(self, model: str) -> float:
         """What estimates for the model are multiplied with; 1.0 before anything was learned."""

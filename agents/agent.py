@@ -328,7 +328,7 @@ class Agent(Generic[T]):
             run.finish("finished")
             yield AgentEvent("result", result=run.result)
         except LLMError as error:
-            error.result = run.result  # type: ignore[attr-defined]
+            error.result = run.result  # type: ignore[attr-defined]  # any error takes a note
             if not isinstance(error, ConflictError):  # the run is another's now
                 with suppress(LLMError):  # of the store; the first error is the one to tell
                     run.finish("failed")
@@ -557,12 +557,12 @@ class _Run:
         self.id = run_id
         self.deps = deps
         self.cancel = cancel
-        clock = agent._clock  # noqa: SLF001 - a run is a part of its agent
+        clock = agent._clock
         self.ends_at = None if agent.deadline is None else clock.now() + agent.deadline
         self.budget: Budget | None = None
         if agent.budget is not None:
             own = not isinstance(agent.budget, Budget)
-            self.budget = Budget(agent.budget, clock=clock) if own else agent.budget  # type: ignore[arg-type,assignment]
+            self.budget = Budget(agent.budget, clock=clock) if own else agent.budget  # type: ignore[arg-type,assignment]  # as `own` says
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
         self.costs: list[Decimal | None] = []
@@ -588,7 +588,7 @@ class _Run:
 
     def write(self, kind: str, payload: Mapping[str, Any]) -> None:
         """A step: written down first, then used."""
-        journal = self._agent._journal  # noqa: SLF001
+        journal = self._agent._journal
         if journal is not None:
             journal.append(self.id, self._number, kind, payload)
         self.apply(kind, payload)
@@ -697,7 +697,7 @@ class _Run:
         return messages
 
     def finish(self, status: str) -> None:
-        journal = self._agent._journal  # noqa: SLF001
+        journal = self._agent._journal
         if journal is not None:
             journal.finish(self.id, status)
 

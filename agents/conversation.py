@@ -46,7 +46,7 @@ class Conversation:
     def __init__(
         self,
         conversations: Any,
-        id: str,  # noqa: A002 - what everybody calls it
+        id: str,
         *,
         llm: LLM,
         context: Callable[[list[Message]], Iterable[Message]] | None = None,
@@ -65,7 +65,7 @@ class Conversation:
     def open(
         cls,
         store: Store | str | None = None,
-        id: str | None = None,  # noqa: A002
+        id: str | None = None,
         *,
         llm: LLM,
         system: str | None = None,
@@ -266,7 +266,7 @@ class Conversation:
         cls,
         data: Any,
         store: Store | str | None = None,
-        id: str | None = None,  # noqa: A002
+        id: str | None = None,
         *,
         llm: LLM,
         form: Form | None = None,
@@ -454,23 +454,23 @@ class _Memory:
         """A forked child has its own: the parent's may be held by a thread that is not there."""
         return self._locks.setdefault(os.getpid(), threading.Lock())
 
-    def create(self, id: str | None, **fields: Any) -> Summary:  # noqa: A002
+    def create(self, id: str | None, **fields: Any) -> Summary:
         name, now = id or self._clock.new_id(), self._clock.utc()
         summary = Summary(name, created=now, updated=now, revision=0, **fields)
         self._kept[name] = summary, ()
         return summary
 
-    def get(self, id: str) -> Summary | None:  # noqa: A002
+    def get(self, id: str) -> Summary | None:
         found = self._kept.get(id)
         return found[0] if found else None
 
-    def load(self, id: str) -> tuple[int, tuple[Stored, ...]]:  # noqa: A002
+    def load(self, id: str) -> tuple[int, tuple[Stored, ...]]:
         summary, stored = self._find(id)
         return summary.revision, stored
 
     def append(
         self,
-        id: str,  # noqa: A002
+        id: str,
         messages: Sequence[Stored],
         revision: int,
         *,
@@ -492,15 +492,15 @@ class _Memory:
             self._kept[id] = changed, (*stored, *new)
         return revision + 1
 
-    def update(self, id: str, **changes: Any) -> None:  # noqa: A002
+    def update(self, id: str, **changes: Any) -> None:
         with self._lock:
             summary, stored = self._find(id)
             self._kept[id] = replace(summary, **changes), stored
 
-    def delete(self, id: str) -> bool:  # noqa: A002
+    def delete(self, id: str) -> bool:
         return self._kept.pop(id, None) is not None
 
-    def branch(self, id: str, at: int) -> str:  # noqa: A002
+    def branch(self, id: str, at: int) -> str:
         summary, stored = self._find(id)
         name = self._clock.new_id()
         free = tuple(replace(s, usage=None, cost=Decimal(0)) for s in stored[:at])

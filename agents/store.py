@@ -407,7 +407,7 @@ class Conversations:
 
     def create(
         self,
-        id: str | None = None,  # noqa: A002 - what everybody calls it
+        id: str | None = None,
         *,
         title: str | None = None,
         owner: str | None = None,
@@ -447,7 +447,7 @@ class Conversations:
             raise ConflictError(f"there is a conversation {row['id']!r} already: choose another id")
         return _summary(row)
 
-    def get(self, id: str) -> Summary | None:  # noqa: A002
+    def get(self, id: str) -> Summary | None:
         """The conversation without its messages; `None` if there is none."""
         sql = f"SELECT {_CONVERSATION} FROM conversations WHERE id = :id"
         rows = self._read(sql, id=_name("id", id))
@@ -488,7 +488,7 @@ class Conversations:
 
     def append(
         self,
-        id: str,  # noqa: A002
+        id: str,
         messages: Sequence[Stored],
         revision: int,
         *,
@@ -541,11 +541,11 @@ class Conversations:
             f"here {revision}): reload it"
         )
 
-    def messages(self, id: str) -> builtins.list[Stored]:  # noqa: A002
+    def messages(self, id: str) -> builtins.list[Stored]:
         """All messages, in their order."""
         return self.load(id)[1]
 
-    def load(self, id: str) -> tuple[int, builtins.list[Stored]]:  # noqa: A002
+    def load(self, id: str) -> tuple[int, builtins.list[Stored]]:
         """The revision and the messages of one moment."""
         sql = (  # one statement, so that both are of the same moment in every isolation level
             f"SELECT c.revision, {_MESSAGE} FROM conversations c LEFT JOIN messages m"
@@ -558,7 +558,7 @@ class Conversations:
 
     def update(
         self,
-        id: str,  # noqa: A002
+        id: str,
         *,
         title: str | None = None,
         data: Mapping[str, Any] | None = None,
@@ -577,13 +577,13 @@ class Conversations:
         if not self._store.run(lambda connection: _execute(connection, sql, **values).rowcount):
             raise self._missing(id)
 
-    def delete(self, id: str) -> bool:  # noqa: A002
+    def delete(self, id: str) -> bool:
         """Forget it and its messages; its branches stay. Returns whether it was there."""
         sql = "DELETE FROM conversations WHERE id = :id"
         name = _name("id", id)
         return bool(self._store.run(lambda connection: _execute(connection, sql, id=name).rowcount))
 
-    def branch(self, id: str, at: int | None = None) -> str:  # noqa: A002
+    def branch(self, id: str, at: int | None = None) -> str:
         """A new conversation with the first `at` messages of this one; `None`: with all.
 
         They cost the branch nothing. Returns its id.

@@ -223,9 +223,7 @@ def test_a_setting_that_makes_no_sense_is_refused_with_its_name_and_unit(setting
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(LLMConfigError, match=r"sqlite:///relative\.db"):
         ResponseCache("cache.db")
-    with pytest.raises(
-        LLMConfigError, match=r"^the cache 'sqlite:///' names no file: use 'sqlite:"
-    ):
+    with pytest.raises(LLMConfigError, match=r"^'sqlite:///' names no file: use 'sqlite:"):
         ResponseCache("sqlite:///")
 
 

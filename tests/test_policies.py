@@ -1038,3 +1038,14 @@ def test_who_waits_for_a_failing_host_does_not_wait_in_a_row(server):
             replies = list(pool.map(lambda _: llm.generate("Hello there!"), range(8)))
     assert not any(reply.success for reply in replies)
     assert time.monotonic() - started < 1.8  # eight in a row take 2.4 s
+
+
+def test_a_store_whose_name_was_left_empty_is_not_kept_in_memory():
+    """What was meant to last would be forgotten, and a budget could be spent again."""
+    with pytest.raises(LLMConfigError, match="names no file"):
+        Budget(usd=1, store="sqlite:///")
+
+
+def test_a_budget_in_another_currency_is_refused_in_a_sentence():
+    with pytest.raises(LLMConfigError, match=r"^budget must be US dollars like 0\.50, not '5 EUR'"):
+        LLMConfig(budget="5 EUR")

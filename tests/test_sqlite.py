@@ -76,7 +76,7 @@ def in_fork(work):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("url", [":memory:", "sqlite://", "sqlite:///", "sqlite:///:memory:"])
+@pytest.mark.parametrize("url", [":memory:", "sqlite://", "sqlite:///:memory:"])
 def test_memory_has_no_path(url):
     assert sqlite_path(url) == ":memory:"
 

@@ -82,10 +82,6 @@ class ResponseCache:
         max_bytes: int | None = MAX_BYTES,
         clock: Clock | None = None,
     ) -> None:
-        if url == "sqlite:///":
-            raise LLMConfigError(
-                "the cache 'sqlite:///' names no file: use 'sqlite:///cache.db', or ':memory:'"
-            )
         path = sqlite_path(url)
         self.url = url
         self.ttl = _positive("ttl", ttl, "seconds", (int, float))
@@ -477,7 +473,7 @@ class _FileStore:
         query = f"SELECT count(*), total(size) FROM entries WHERE {condition}"  # noqa: S608 - ours
         entries, size = connection.execute(query, values).fetchone()
         if entries:
-            connection.execute(f"DELETE FROM entries WHERE {condition}", values)  # noqa: S608
+            connection.execute(f"DELETE FROM entries WHERE {condition}", values)  # noqa: S608 - ours
             connection.execute(
                 "UPDATE totals SET entries = entries - ?, bytes = bytes - ?", (entries, int(size))
             )
@@ -695,7 +691,8 @@ def _positive(name: str, value: T | None, unit: str, types: tuple[type, ...]) ->
     if value is None:
         return None
     # `not >` refuses NaN as well.
-    if isinstance(value, bool) or not isinstance(value, types) or not value > 0:  # type: ignore[operator]
+    number: Any = value  # that it can be compared is what `types` says
+    if isinstance(value, bool) or not isinstance(value, types) or not number > 0:
         raise LLMConfigError(
             f"{name} of the cache must be more than 0 {unit}, or None, not {value!r}"
         )

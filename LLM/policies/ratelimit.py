@@ -384,11 +384,11 @@ class Permit:
             _whole("used tokens", tokens)
         self._open = False
         if not self._released:
-            self._limiter._correct(self, tokens)  # noqa: SLF001 - the two are one mechanism
+            self._limiter._correct(self, tokens)
 
     def learn(self, limits: ServerLimits | None) -> None:
         """Take note of what an answer's headers say about the server's own limits."""
-        self._limiter._learn(self, limits)  # noqa: SLF001
+        self._limiter._learn(self, limits)
 
     def refused(self, suggested_wait: float | None) -> None:
         """A 429: all that share the scope wait, for `suggested_wait` seconds.
@@ -397,14 +397,14 @@ class Permit:
         answer that is none ends the row. The request counts, its tokens do not.
         """
         self._open = False
-        self._limiter._refused(self, suggested_wait)  # noqa: SLF001
+        self._limiter._refused(self, suggested_wait)
 
     def release(self) -> None:
         """Nothing was sent: give everything back."""
         self._open = False
         if not self._released:
             self._released = True
-            self._limiter._release(self)  # noqa: SLF001
+            self._limiter._release(self)
 
 
 class _Own(threading.local):
@@ -523,7 +523,7 @@ class RateLimiter:
         if permit is None:
             permit = self._wait(scope, estimate, deadline_at)
         permits = self._own.permits
-        while permits and not (permits[0]._open and not permits[0]._entry.gone):  # noqa: SLF001
+        while permits and not (permits[0]._open and not permits[0]._entry.gone):
             permits.popleft()
         permits.append(permit)
         if permit.waited > 0 and on_wait is not None:
@@ -544,7 +544,7 @@ class RateLimiter:
         permits = self._own.permits
         while permits:
             permit = permits.popleft()
-            if permit._open:  # noqa: SLF001
+            if permit._open:
                 permit.correct(tokens)
                 return
         with self._lock:
@@ -695,7 +695,7 @@ class RateLimiter:
             if taken.entry is not None:
                 waiter.ticket = None
                 permit = self._take(scope, waiter.estimate, now)
-                permit._shared = taken.entry  # noqa: SLF001
+                permit._shared = taken.entry
                 return permit
             scope.hold(now + taken.held)
             if waiter.deadline_at is not None:
@@ -739,35 +739,35 @@ class RateLimiter:
     def _correct(self, permit: Permit, tokens: int | None) -> None:
         with self._lock:
             self._succeeded(permit)
-            change = 0 if tokens is None else tokens - permit._tokens  # noqa: SLF001
+            change = 0 if tokens is None else tokens - permit._tokens
             self._change(permit, 0, change)
         self._share(permit, 0, change)
 
     def _release(self, permit: Permit) -> None:
         with self._lock:
-            change = -permit._tokens  # noqa: SLF001
+            change = -permit._tokens
             self._change(permit, -1, change)
         self._share(permit, -1, change)
 
     def _learn(self, permit: Permit, limits: ServerLimits | None) -> None:
-        scope = permit._scope  # noqa: SLF001
+        scope = permit._scope
         with self._lock:
             self._succeeded(permit)
             if limits is None:
                 return
             now = self._clock.now()
-            scope.learn(limits, now, permit._number)  # noqa: SLF001
+            scope.learn(limits, now, permit._number)
             hold = scope.nothing_left_until() - now
         if hold > 0:
             self._tell(lambda shared: shared.hold(scope.name, hold))
 
     def _refused(self, permit: Permit, suggested_wait: float | None) -> None:
-        scope = permit._scope  # noqa: SLF001
+        scope = permit._scope
         with self._lock:
             # Reading this very answer's headers was no success.
-            scope.refusals = max(scope.refusals, permit._reset)  # noqa: SLF001
+            scope.refusals = max(scope.refusals, permit._reset)
             # What was sent before the last refusal was known belongs to the same one.
-            if permit._number > scope.refused_at:  # noqa: SLF001
+            if permit._number > scope.refused_at:
                 scope.refusals += 1
                 scope.refused_at = self._number
             if suggested_wait is not None and 0 <= suggested_wait < float("inf"):
@@ -775,30 +775,30 @@ class RateLimiter:
             else:
                 wait = min(LONGEST_HOLD, FIRST_HOLD * 2.0 ** min(scope.refusals - 1, 16))
             scope.hold(self._clock.now() + wait)
-            change = -permit._tokens  # noqa: SLF001
+            change = -permit._tokens
             self._change(permit, 0, change)
         self._share(permit, 0, change)
         self._tell(lambda shared: shared.hold(scope.name, wait))
 
     def _succeeded(self, permit: Permit) -> None:
-        scope = permit._scope  # noqa: SLF001
-        if scope.refusals and permit._number > scope.refused_at:  # noqa: SLF001
-            permit._reset, scope.refusals = scope.refusals, 0  # noqa: SLF001
+        scope = permit._scope
+        if scope.refusals and permit._number > scope.refused_at:
+            permit._reset, scope.refusals = scope.refusals, 0
 
     def _change(self, permit: Permit, requests: int, tokens: int) -> None:
         if requests or tokens:
-            scope = permit._scope  # noqa: SLF001
-            self._window.change(permit._entry, requests, tokens)  # noqa: SLF001
-            scope.window.change(permit._share, requests, tokens)  # noqa: SLF001
-            permit._tokens += tokens  # noqa: SLF001
-            if scope.learned_by < permit._number:  # noqa: SLF001 - else the server has counted it
+            scope = permit._scope
+            self._window.change(permit._entry, requests, tokens)
+            scope.window.change(permit._share, requests, tokens)
+            permit._tokens += tokens
+            if scope.learned_by < permit._number:
                 scope.requests.left -= requests
                 scope.tokens.left -= tokens
 
     # The count that is shared in Redis.
 
     def _share(self, permit: Permit, requests: int, tokens: int) -> None:
-        entry = permit._shared  # noqa: SLF001
+        entry = permit._shared
         if entry is not None and (requests or tokens):
             self._tell(lambda shared: shared.change(entry, requests, tokens))
 
@@ -874,11 +874,11 @@ def _limit(name: str, value: object) -> int | None:
     if value is None:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 1 <= value < float("inf") or value != int(value):  # type: ignore[operator,call-overload]
+    if not number or not 1 <= value < float("inf") or value != int(value):  # type: ignore[operator,call-overload]  # as `number` says
         raise LLMConfigError(
             f"{name} must be a whole number from 1 up, or None for no limit, not {value!r}"
         )
-    return int(value)  # type: ignore[call-overload,no-any-return]
+    return int(value)  # type: ignore[call-overload,no-any-return]  # the same
 
 
 def _refuse_late(at: float, now: float, deadline_at: float) -> None:

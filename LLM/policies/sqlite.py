@@ -269,7 +269,7 @@ class Database:
 
     def _explain(self, error: Exception) -> DatabaseError:
         folder = os.path.dirname(self.path)  # noqa: PTH120 - pathlib is slow to import
-        if self.path != MEMORY and not os.path.isdir(folder):  # noqa: PTH112
+        if self.path != MEMORY and not os.path.isdir(folder):  # noqa: PTH112 - pathlib is slow to import
             return self._error(f"has no directory: create {folder!r}", "missing")
         text = str(error)
         for sign, reason, advice in _TROUBLES:
@@ -286,8 +286,10 @@ def sqlite_path(url: str) -> str:
     Raises:
         LLMConfigError: it is no such URL.
     """
-    if url in (MEMORY, "sqlite://", "sqlite:///", f"sqlite:///{MEMORY}"):
+    if url in (MEMORY, "sqlite://", f"sqlite:///{MEMORY}"):
         return MEMORY
+    if url == "sqlite:///":  # a name that was left empty: in memory, nothing of it would last
+        raise LLMConfigError(f"{url!r} names no file: use 'sqlite:///file.db', or ':memory:'")
     scheme, mark, path = url.partition(":///")
     if scheme != "sqlite" or not mark or "\0" in path:
         raise LLMConfigError(
@@ -316,7 +318,7 @@ def _create(path: str) -> None:
 
 def _identity(path: str) -> tuple[int, int] | None:
     try:
-        stat = os.stat(path)  # noqa: PTH116
+        stat = os.stat(path)  # noqa: PTH116 - the same
     except FileNotFoundError:
         return None
     return stat.st_dev, stat.st_ino
