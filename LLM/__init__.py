@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from LLM.output import Output as Output
     from LLM.output import Parsed as Parsed
     from LLM.output import ParsedStream as ParsedStream
+    from LLM.policies.budget import Book as Book
     from LLM.policies.budget import Budget as Budget
     from LLM.policies.cache import ResponseCache as ResponseCache
     from LLM.policies.fallback import FallbackPolicy as FallbackPolicy
@@ -96,7 +97,10 @@ if TYPE_CHECKING:
     from LLM.policies.ratelimit import TokenAwareRateLimiter as TokenAwareRateLimiter
     from LLM.policies.retry import RetryPolicy as RetryPolicy
     from LLM.policies.retry import retry_with_backoff as retry_with_backoff
+    from LLM.policies.spending import Amount as Amount
+    from LLM.policies.spending import Receipt as Receipt
     from LLM.policies.spending import Spending as Spending
+    from LLM.policies.spending import Standing as Standing
     from LLM.policies.usage import ModelUsage as ModelUsage
     from LLM.policies.usage import UsageTotals as UsageTotals
     from LLM.prices import Price as Price
@@ -191,11 +195,11 @@ _MODULES = {
         "classify_error",
     ),
     "LLM.output": ("InvalidOutputError", "Output", "Parsed", "ParsedStream"),
-    "LLM.policies.budget": ("Budget",),
+    "LLM.policies.budget": ("Book", "Budget"),
     "LLM.policies.cache": ("ResponseCache",),
     "LLM.policies.fallback": ("FallbackPolicy",),
     "LLM.policies.ratelimit": ("RateLimitConfig", "RateLimiter", "TokenAwareRateLimiter"),
-    "LLM.policies.spending": ("Spending",),
+    "LLM.policies.spending": ("Amount", "Receipt", "Spending", "Standing"),
     "LLM.policies.usage": ("ModelUsage", "UsageTotals"),
     "LLM.prices": ("Price",),
     "LLM.telemetry": ("AttemptFailed", "CallFinished", "CallStarted", "Waited", "audit"),

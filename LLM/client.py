@@ -869,6 +869,7 @@ class LLM:
         *,
         tokens: int | None = None,
         requests: int | None = None,
+        threads: bool = True,
         **more: Any,
     ) -> Iterator[Budget]:
         """Bound what is spent inside the `with` block, by this and by any other client or agent.
@@ -885,6 +886,8 @@ class LLM:
             usd: US dollars; `None`: no such limit. Or a `Budget` that is there already.
             tokens: tokens, of prompts and answers.
             requests: attempts.
+            threads: whether it holds also for threads that are started while it is open. `False`: for this
+                thread or task alone, so that of many that share the client each is held to its own.
             more: what else `Budget` takes: `warn_at=`, `on_warn=`, `unknown=`, `store=`, `name=` …
 
         Raises:
@@ -898,11 +901,12 @@ class LLM:
         else:
             budget = Budget(usd, tokens=tokens, requests=requests, clock=self._clock, **more)
         entry = enter(budget)
-        opened = self._ledger.open(budget)
+        opened = self._ledger.open(budget) if threads else None
         try:
             yield budget
         finally:
-            self._ledger.close(opened)
+            if opened is not None:
+                self._ledger.close(opened)
             leave(entry)
 
     @contextmanager

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from agents.store import ConflictError, Hit, Store, Stored, StoreError, Summary, snippet
+from agents.forms import Form, as_message, read_messages, write_messages
+from agents.store import (
+    ConflictError,
+    Hit,
+    Store,
+    Stored,
+    StoreError,
+    Summary,
+    check_request,
+    numbered_from,
+    repeated,
+    snippet,
+)
 from agents.types import ChatCompletionResponse, EventType, Message, StreamEvent, TokenUsage
 from LLM import LLM, Clock, LLMConfigError, LLMError, Stream
-
-Form = Literal["openai", "anthropic"]
 
 _TITLE: Final = 60  # characters of the first question that name a talk without a title
 
@@ -159,6 +168,43 @@ class Conversation:
         stream = self.llm.stream(self._prompt(state, turn), **options)
         return ConversationStream(stream, lambda reply: self._keep(state, turn, reply))
 
+    def add(
+        self,
+        messages: Sequence[Stored | Message | Mapping[str, Any]],
+        *,
+        replacing: int | None = None,
+        request: str | None = None,
+    ) -> tuple[Stored, ...]:
+        """Keep messages that were not said through `say` or `stream`: what an agent said, for instance.
+
+        Args:
+            messages: `Stored` ones say what they took; of an answer that is not, the cost is unknown.
+            replacing: the number of the first message whose place they take, with all after it; those
+                leave the history and stay in the database. `None`: none.
+            request: a key of yours that the first of them gets; what is added twice is kept once.
+
+        Returns:
+            The messages as they are kept, with their numbers.
+
+        Raises:
+            RepeatedError: a message of the conversation has this request key.
+            ConflictError: another writer was quicker; nothing was kept.
+        """
+        new = [
+            message if isinstance(message, Stored) else Stored(as_message(message, number))
+            for number, message in enumerate(messages)
+        ]
+        return self._append(self._state, new, replacing=replacing, request=request)
+
+    def prompt(self, said: Any = ()) -> list[Message]:
+        """What a call would be sent: the system message, the history and `said`, through `context`.
+
+        Args:
+            said: as in `say`; left out: nothing.
+        """
+        nothing = isinstance(said, (list, tuple)) and not said
+        return self._prompt(self._state, [] if nothing else _as_turn(said))
+
     @property
     def history(self) -> tuple[Message, ...]:
         """What was said, without the system message."""
@@ -199,6 +245,16 @@ class Conversation:
         return self._summary.owner
 
     @property
+    def summary(self) -> Summary:
+        """All that is known of it but its messages."""
+        return self._summary
+
+    @property
+    def revision(self) -> int:
+        """Grows by one with each write, as far as this object knows."""
+        return self._state.revision
+
+    @property
     def system(self) -> str | None:
         """The system message."""
         system: str | None = self._summary.data.get("system")
@@ -233,7 +289,8 @@ class Conversation:
             raise LLMConfigError(f"at is {at}; the history has {len(stored)} messages")
         if number < len(stored) and stored[number].message.role == "tool":
             raise LLMConfigError(f"at is {at}, between a tool call and its result; choose another")
-        new = self._conversations.branch(self.id, number)
+        last = stored[number - 1].number if number else 0
+        new = self._conversations.branch(self.id, last)
         return Conversation(
             self._conversations,
             new,
@@ -258,8 +315,7 @@ class Conversation:
         Args:
             form: `"openai"`: `{"messages": […]}`; `"anthropic"`: `{"system": …, "messages": […]}`.
         """
-        _check_form(form)
-        return _EXPORTS[form](self.system, self.history)
+        return write_messages(form, self.system, self.history)
 
     @classmethod
     def import_(
@@ -283,9 +339,7 @@ class Conversation:
             LLMConfigError: it is neither; says which message and why.
             ConflictError: the conversation is there and is not empty.
         """
-        if form is not None:
-            _check_form(form)
-        system, messages = _imported(data, form)
+        system, messages = read_messages(data, form)
         options.setdefault("system", system)
         if id is not None and store is not None:
             # Looked at before it is opened, which would set the system message.
@@ -355,13 +409,23 @@ class Conversation:
             error.partial = reply  # it was paid for
             raise
 
-    def _append(self, state: _State, new: Sequence[Stored]) -> None:
+    def _append(
+        self,
+        state: _State,
+        new: Sequence[Stored],
+        *,
+        replacing: int | None = None,
+        request: str | None = None,
+    ) -> tuple[Stored, ...]:
         first = next((s.message.text for s in new if s.message.role == "user"), "").split()
         title = self._summary.title or " ".join(first)[:_TITLE] or None
-        revision = self._conversations.append(self.id, new, state.revision, title=title)
+        kept: tuple[Stored, ...]
+        revision, kept = self._conversations.keep(
+            self.id, new, state.revision, title=title, replacing=replacing, request=request
+        )
         self._summary = replace(self._summary, title=title, revision=revision)
-        numbered = [replace(s, number=n) for n, s in enumerate(new, len(state.stored) + 1)]
-        self._state = _State(revision, (*state.stored, *numbered))
+        self._state = _State(revision, (*_before(state.stored, replacing), *kept))
+        return kept
 
     def _check_order(self, turn: Sequence[Message]) -> None:
         """Refuse what another writer's turn would tear: tool calls and their results."""
@@ -440,6 +504,14 @@ class ConversationStream:
         self.close()
 
 
+@dataclass(frozen=True)
+class _Kept:
+    summary: Summary
+    stored: tuple[Stored, ...] = ()
+    last: int = 0  # the number that was given last
+    requests: Mapping[str, int] = field(default_factory=dict)
+
+
 class _Memory:
     """What `agents.store.Conversations` does, without a database, for this process and its threads."""
 
@@ -447,7 +519,7 @@ class _Memory:
         self._clock = clock
         self._locks: dict[int, threading.Lock] = {}
         # One value for each conversation, replaced as a whole: no lock is needed to read it.
-        self._kept: dict[str, tuple[Summary, tuple[Stored, ...]]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     @property
     def _lock(self) -> threading.Lock:
@@ -457,70 +529,83 @@ class _Memory:
     def create(self, id: str | None, **fields: Any) -> Summary:
         name, now = id or self._clock.new_id(), self._clock.utc()
         summary = Summary(name, created=now, updated=now, revision=0, **fields)
-        self._kept[name] = summary, ()
+        self._kept[name] = _Kept(summary)
         return summary
 
     def get(self, id: str) -> Summary | None:
         found = self._kept.get(id)
-        return found[0] if found else None
+        return found.summary if found else None
 
     def load(self, id: str) -> tuple[int, tuple[Stored, ...]]:
-        summary, stored = self._find(id)
-        return summary.revision, stored
+        kept = self._find(id)
+        return kept.summary.revision, kept.stored
 
-    def append(
+    def keep(
         self,
         id: str,
         messages: Sequence[Stored],
         revision: int,
         *,
         title: str | None,
-    ) -> int:
+        replacing: int | None,
+        request: str | None,
+    ) -> tuple[int, tuple[Stored, ...]]:
+        key = check_request(request, messages)
         with self._lock:
-            summary, stored = self._find(id)
+            kept = self._find(id)
+            if key is not None and key in kept.requests:
+                raise repeated(id, kept.requests[key])
+            summary, now = kept.summary, self._clock.utc()
             if summary.revision != revision:
                 raise ConflictError(
                     f"the conversation {id!r} was changed by another writer: reload it"
                 )
-            now = self._clock.utc()
-            new = [
-                replace(s, number=n, created=s.created or now)
-                for n, s in enumerate(messages, len(stored) + 1)
-            ]
+            new = numbered_from(kept.last + 1, messages, now)
             title = summary.title or title
-            changed = replace(summary, revision=revision + 1, title=title, updated=now)
-            self._kept[id] = changed, (*stored, *new)
-        return revision + 1
+            self._kept[id] = _Kept(
+                replace(summary, revision=revision + 1, title=title, updated=now),
+                (*_before(kept.stored, replacing), *new),
+                kept.last + len(new),
+                kept.requests if key is None else {**kept.requests, key: kept.last + 1},
+            )
+        return revision + 1, new
 
     def update(self, id: str, **changes: Any) -> None:
         with self._lock:
-            summary, stored = self._find(id)
-            self._kept[id] = replace(summary, **changes), stored
+            kept = self._find(id)
+            self._kept[id] = replace(kept, summary=replace(kept.summary, **changes))
 
     def delete(self, id: str) -> bool:
         return self._kept.pop(id, None) is not None
 
     def branch(self, id: str, at: int) -> str:
-        summary, stored = self._find(id)
+        kept = self._find(id)
         name = self._clock.new_id()
-        free = tuple(replace(s, usage=None, cost=Decimal(0)) for s in stored[:at])
+        free = tuple(replace(s, usage=None, cost=Decimal(0)) for s in kept.stored if s.number <= at)
         now = self._clock.utc()
-        new = replace(summary, id=name, parent=id, revision=0, created=now, updated=now)
-        self._kept[name] = new, free
+        new = replace(kept.summary, id=name, parent=id, revision=0, created=now, updated=now)
+        self._kept[name] = _Kept(new, free, free[-1].number if free else 0)
         return name
 
     def search(self, text: str, *, limit: int, conversation: str) -> list[Hit]:
         words = text.lower().split()
         return [
             Hit(conversation, s.number, s.message.role, snippet(s.message.text, text))
-            for s in reversed(self._find(conversation)[1])
+            for s in reversed(self._find(conversation).stored)
             if words and all(word in s.message.text.lower() for word in words)
         ][:limit]
 
-    def _find(self, name: str) -> tuple[Summary, tuple[Stored, ...]]:
+    def _find(self, name: str) -> _Kept:
         if name not in self._kept:
             raise StoreError(f"there is no conversation {name!r}", reason="missing")
         return self._kept[name]
+
+
+def _before(stored: tuple[Stored, ...], replacing: int | None) -> tuple[Stored, ...]:
+    """What is left of the history when the message `replacing` and all after it are replaced."""
+    if replacing is None:
+        return stored
+    return tuple(message for message in stored if message.number < replacing)
 
 
 def _is_paid(stored: Stored) -> bool:
@@ -542,202 +627,8 @@ def _as_turn(said: Any) -> list[Message]:
             f"said is {type(said).__name__}; give a text, a list of parts, or messages"
         )
     if all(isinstance(m, Message) or (isinstance(m, Mapping) and "role" in m) for m in said):
-        return [_as_message(message, number) for number, message in enumerate(said)]
+        return [as_message(message, number) for number, message in enumerate(said)]
     return [Message(role="user", content=list(said))]
-
-
-def _as_message(value: Any, number: int) -> Message:
-    problem = ""
-    if isinstance(value, Message):
-        return value
-    try:
-        return Message.model_validate(value)
-    except ValueError as error:
-        problem = str(error).splitlines()[1].strip()
-    raise LLMConfigError(f"messages[{number}] is not a message: look at {problem!r}")
-
-
-# Exchange with the vendors' forms. Sources: OpenAI's "Create chat completion" and Anthropic's "Create a
-# Message", 2026-11.
-
-# Other fields are a server's own, and another one would refuse them.
-_OPENAI_FIELDS: Final = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
-
-
-def _check_form(form: str) -> None:
-    if form not in _EXPORTS:
-        raise LLMConfigError(f"form is {form!r}; it must be one of {', '.join(_EXPORTS)}")
-
-
-def _to_openai(system: str | None, history: Sequence[Message]) -> dict[str, Any]:
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for message in history:
-        said = message.model_dump(exclude_none=True)
-        if isinstance(message.content, list):
-            said["content"] = [_part(block) for block in message.content]
-        messages.append({name: said[name] for name in _OPENAI_FIELDS if name in said})
-    return {"messages": messages}
-
-
-def _to_anthropic(system: str | None, history: Sequence[Message]) -> dict[str, Any]:
-    systems = [] if system is None else [system]
-    turns: list[dict[str, Any]] = []
-    for message in history:
-        if message.role in ("system", "developer"):
-            systems.append(message.text)
-        elif message.role == "tool":
-            result: dict[str, Any] = {"type": "tool_result", "tool_use_id": message.tool_call_id}
-            if message.content:
-                result["content"] = _blocks(message.content)
-            last = turns[-1] if turns else None
-            if last and _kind(last["content"]) == "tool_result":
-                last["content"].append(result)  # those of one answer stand in one message
-            else:
-                turns.append({"role": "user", "content": [result]})
-        elif message.role == "assistant":
-            turns.append({"role": "assistant", "content": _answer_blocks(message)})
-        else:
-            turns.append({"role": message.role, "content": _blocks(message.content or "")})
-    data: dict[str, Any] = {"messages": turns}
-    return {"system": "\n\n".join(systems), **data} if systems else data
-
-
-_EXPORTS: Final = {"openai": _to_openai, "anthropic": _to_anthropic}
-
-
-def _kind(content: Any) -> Any:
-    """The type of the last block."""
-    return content[-1].get("type") if isinstance(content, list) and content else None
-
-
-def _blocks(content: str | list[Any]) -> Any:
-    return content if isinstance(content, str) else [_block(part) for part in content]
-
-
-def _block(part: Any) -> Any:
-    if not isinstance(part, Mapping) or part.get("type") != "image_url":
-        return part
-    image = part.get("image_url")
-    url = str(image.get("url", "") if isinstance(image, Mapping) else image)
-    if not url.startswith("data:"):
-        return {"type": "image", "source": {"type": "url", "url": url}}
-    head, _, data = url.removeprefix("data:").partition(",")
-    source = {"type": "base64", "media_type": head.split(";")[0], "data": data}
-    return {"type": "image", "source": source}
-
-
-def _part(block: Any) -> Any:
-    source = block.get("source") if isinstance(block, Mapping) else None
-    if not isinstance(source, Mapping) or block.get("type") != "image":
-        return block
-    url = source.get("url") or f"data:{source.get('media_type')};base64,{source.get('data')}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _answer_blocks(message: Message) -> Any:
-    # Its own blocks, as they came: thinking must go back unchanged with its signature.
-    native = (message.model_extra or {}).get("content_blocks")
-    if native:
-        return native
-    if not message.tool_calls:
-        return _blocks(message.content or "")
-    text, blocks = message.content, []
-    if isinstance(text, str) and text:
-        blocks.append({"type": "text", "text": text})
-    elif isinstance(text, list):
-        blocks.extend(_block(part) for part in text)
-    for call in message.tool_calls:
-        used = {"id": call.id, "name": call.name, "input": _arguments(call.arguments)}
-        blocks.append({"type": "tool_use", **used})
-    return blocks
-
-
-def _arguments(text: str) -> Any:
-    """An object, as the form demands; what is none is kept under a name, and found again by it."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {"invalid_json": text}
-    return value if isinstance(value, dict) else {"value": value}
-
-
-def _imported(data: Any, form: str | None) -> tuple[str | None, list[Message]]:
-    body = data if isinstance(data, Mapping) else {"messages": data}
-    given = body.get("messages")
-    if not isinstance(given, (list, tuple)) or not all(isinstance(m, Mapping) for m in given):
-        raise LLMConfigError('data is no conversation; give {"messages": [{"role": …}, …]}')
-    if form is None:
-        form = "anthropic" if "system" in body or any(map(_is_native, given)) else "openai"
-    if form == "anthropic":
-        given = [message for turn in given for message in _from_anthropic(turn)]
-    messages = [_as_message(message, number) for number, message in enumerate(given)]
-    if "system" in body:
-        return _text(body["system"]), messages
-    if messages and messages[0].role in ("system", "developer"):
-        return messages[0].text, messages[1:]
-    return None, messages
-
-
-def _is_native(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    native = ("image", "document", "thinking", "redacted_thinking", "tool_use", "tool_result")
-    return isinstance(content, list) and any(
-        isinstance(block, Mapping) and block.get("type") in native for block in content
-    )
-
-
-def _text(content: Any) -> str:
-    return Message(role="user", content=content).text
-
-
-def _from_anthropic(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    role, content = turn.get("role"), turn.get("content")
-    if not isinstance(content, list) or not all(isinstance(b, Mapping) for b in content):
-        yield {"role": role, "content": content}
-        return
-    if role == "assistant":
-        yield _answer(content)
-        return
-    rest = []
-    for block in content:
-        if block.get("type") == "tool_result":
-            said = block.get("content", "")
-            if isinstance(said, list):
-                said = [_part(part) for part in said]
-            yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": said}
-        else:
-            rest.append(_part(block))
-    if rest:
-        yield {"role": role, "content": rest}
-
-
-def _answer(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    text = "".join(block.get("text", "") for block in blocks if block.get("type") == "text")
-    message: dict[str, Any] = {"role": "assistant", "content": text or None}
-    calls = [
-        {
-            "id": block.get("id"),
-            "type": "function",
-            "function": {
-                "name": block.get("name"),
-                "arguments": _arguments_text(block.get("input")),
-            },
-        }
-        for block in blocks
-        if block.get("type") == "tool_use"
-    ]
-    if calls:
-        message["tool_calls"] = calls
-    kinds = [block.get("type") for block in blocks]
-    if set(kinds) - {"text", "tool_use"} or kinds.count("text") > 1:
-        message["content_blocks"] = [dict(block) for block in blocks]
-    return message
-
-
-def _arguments_text(value: Any) -> str:
-    if isinstance(value, Mapping) and value.keys() == {"invalid_json"}:
-        return str(value["invalid_json"])
-    return json.dumps(value or {}, ensure_ascii=False)
 
 
 def _taken(id_: str | None) -> ConflictError:

@@ -67,6 +67,33 @@ _SEARCH: Final = {
     ),
 }
 
+# Messages that others took the place of, and those that a request key was kept with; then what the chat
+# service keeps. Moments that are compared in SQL (`beat`, `made`) are seconds since 1970.
+_SERVICE: Final = (
+    "ALTER TABLE messages ADD COLUMN replaced INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE messages ADD COLUMN request TEXT",
+    "CREATE UNIQUE INDEX messages_by_request ON messages (conversation, request)",
+    "CREATE TABLE answering ("
+    " conversation TEXT PRIMARY KEY REFERENCES conversations (id) ON DELETE CASCADE,"
+    " token TEXT NOT NULL UNIQUE, started DOUBLE PRECISION NOT NULL, beat DOUBLE PRECISION NOT NULL,"
+    " cancelled INTEGER NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE keys ("
+    " id TEXT PRIMARY KEY, hash TEXT NOT NULL UNIQUE, name TEXT NOT NULL, owner TEXT NOT NULL,"
+    " created TEXT NOT NULL, revoked TEXT, used TEXT, data TEXT NOT NULL)",
+    "CREATE TABLE budgets ("
+    " name TEXT NOT NULL, period TEXT NOT NULL, usd TEXT NOT NULL, tokens BIGINT NOT NULL,"
+    " requests BIGINT NOT NULL, uncertain TEXT NOT NULL, PRIMARY KEY (name, period))",
+    "CREATE TABLE reservations ("
+    " id TEXT PRIMARY KEY, name TEXT NOT NULL, period TEXT NOT NULL, made DOUBLE PRECISION NOT NULL,"
+    " usd TEXT NOT NULL, tokens BIGINT NOT NULL, requests BIGINT NOT NULL)",
+    "CREATE INDEX reservations_of_budget ON reservations (name, period)",
+    "CREATE TABLE spending ("
+    " day TEXT NOT NULL, owner TEXT NOT NULL, model TEXT NOT NULL, calls BIGINT NOT NULL,"
+    " prompt_tokens BIGINT NOT NULL, completion_tokens BIGINT NOT NULL, cost TEXT NOT NULL,"
+    " unpriced BIGINT NOT NULL, interrupted BIGINT NOT NULL, token TEXT NOT NULL,"
+    " PRIMARY KEY (day, owner, model))",
+)
+
 
 def migrations(dialect: str) -> Sequence[Sequence[str]]:
     """The statements of each version, the first being version 1."""
@@ -74,4 +101,5 @@ def migrations(dialect: str) -> Sequence[Sequence[str]]:
     return (
         [statement.replace("{serial}", serial) for statement in _FIRST],
         _SEARCH[dialect],
+        _SERVICE,
     )

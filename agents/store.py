@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final, Literal, TypeVar
@@ -32,6 +32,8 @@ MEMORY: Final = ":memory:"
 _SEARCHED: Final = 100_000
 
 _ID_LENGTH: Final = 500  # characters; PostgreSQL's index takes 2,704 bytes
+
+_REQUEST_BYTES: Final = 600  # in one index with an id, which may take 2,000
 
 _SNIPPET: Final = 60  # characters on each side of what was found
 
@@ -69,6 +71,18 @@ class ConflictError(StoreError):
         super().__init__(message, **{"reason": "conflict", **details})
 
 
+class RepeatedError(ConflictError):
+    """The conversation has a message with this request key already; nothing of this write was kept.
+
+    Attributes:
+        number: of that message.
+    """
+
+    def __init__(self, message: str = "", *, number: int = 0, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Stored:
     """A message as it is kept.
@@ -80,7 +94,8 @@ class Stored:
         model: which model answered.
         status: `partial`: an answer that was cut.
         created: when, in UTC; set by the store.
-        number: its place in the conversation, from 1; set by the store.
+        number: its place in the conversation, from 1, with gaps where messages were replaced; set by
+            the store.
     """
 
     message: Message
@@ -118,7 +133,7 @@ class Hit:
     """A message that was found.
 
     Attributes:
-        number: its place in the conversation, from 1.
+        number: of the message, as in `Stored`.
         snippet: the text around what was found.
     """
 
@@ -198,6 +213,8 @@ class Store:
     def run(self, work: Callable[[Any], T], *, write: bool = True) -> T:
         """What `work` returns, done in one transaction: all of it, or nothing if it raises.
 
+        What `work` itself does with this store, in its thread, is a part of the transaction.
+
         Args:
             work: gets an SQLAlchemy connection. It is called once more if the connection was lost, so
                 it must find out whether the first time came through.
@@ -208,21 +225,26 @@ class Store:
         """
         import sqlalchemy.exc
 
+        thread = threading.get_ident()
+        joined = self._current().inside.get(thread)
+        if joined is not None:
+            return work(joined)
         for again in (True, False):
             process = self._current()
-            process.inside.add(threading.get_ident())
+            process.inside[thread] = None
             try:
                 with self._engine(process).connect() as connection:
                     options = connection.execution_options(store_write=write)
                     with options.begin():
-                        return work(connection)
+                        process.inside[thread] = options
+                        return work(options)
             except sqlalchemy.exc.DBAPIError as error:
                 if not (again and error.connection_invalidated):
                     raise self._explain(error) from error
             except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
                 raise self._explain(error) from error
             finally:
-                process.inside.discard(threading.get_ident())
+                process.inside.pop(thread, None)
         raise AssertionError  # pragma: no cover - the second time either returns or raises
 
     def close(self) -> None:
@@ -425,7 +447,7 @@ class Conversations:
         token, now = self._clock.new_id(), _now(self._clock)
         row = {
             "id": token if id is None else _name("id", id),
-            "title": _clean(title),
+            "title": clean(title),
             "owner": None if owner is None else _name("owner", owner),
             "created": now,
             "updated": now,
@@ -441,7 +463,7 @@ class Conversations:
             f"INSERT INTO conversations ({_CONVERSATION}, token) VALUES (:id, :title, :owner, :created,"
             " :updated, :revision, :parent, :data, :token) ON CONFLICT (id) DO NOTHING"
         )
-        if not _execute(connection, sql, **row).rowcount and row["token"] != _token(
+        if not execute(connection, sql, **row).rowcount and row["token"] != _token(
             connection, row["id"]
         ):
             raise ConflictError(f"there is a conversation {row['id']!r} already: choose another id")
@@ -493,20 +515,44 @@ class Conversations:
         revision: int,
         *,
         title: str | None = None,
+        replacing: int | None = None,
+        request: str | None = None,
     ) -> int:
         """Add messages, all or none.
 
         Args:
             revision: of the conversation as the writer knows it.
             title: what a conversation without a title is called from now on.
+            replacing: the number of the first message whose place these take: it and all after it stay in
+                the database and are shown no more. `None`: none.
+            request: a key of the writer's, at most 600 bytes, that the first of the messages gets: what
+                is sent twice is kept once. `None`: none.
 
         Returns:
             The new revision.
 
         Raises:
+            RepeatedError: a message of the conversation, replaced or not, has this request key.
             ConflictError: it has changed since; nothing was added.
         """
-        name, token, now = _name("id", id), self._clock.new_id(), _now(self._clock)
+        return self.keep(id, messages, revision, title=title, replacing=replacing, request=request)[
+            0
+        ]
+
+    def keep(
+        self,
+        id: str,
+        messages: Sequence[Stored],
+        revision: int,
+        *,
+        title: str | None = None,
+        replacing: int | None = None,
+        request: str | None = None,
+    ) -> tuple[int, tuple[Stored, ...]]:
+        """What `append` does; returns also the messages, with their numbers and times."""
+        name, token, moment = _name("id", id), self._clock.new_id(), self._clock.utc()
+        now = _text_of(moment)
+        key = check_request(request, messages)
         rows = [_message_row(stored, now) for stored in messages]
 
         def work(connection: Any) -> int:
@@ -515,29 +561,51 @@ class Conversations:
                 " title = COALESCE(title, :title) WHERE id = :id AND revision = :revision"
             )
             values = {"id": name, "revision": revision, "now": now, "token": token}
-            if not _execute(connection, sql, **values, title=_clean(title)).rowcount:
-                return self._not_appended(connection, name, revision, token)
-            sql = "SELECT COALESCE(max(number), 0) FROM messages WHERE conversation = :id"
-            last = _execute(connection, sql, id=name).scalar()
+            changed = execute(connection, sql, **values, title=clean(title)).rowcount
+            if not changed and _token(connection, name) == token:
+                # The first time had come through: these messages are the last ones.
+                return _last_number(connection, name) - len(rows)
+            # Looked for with the conversation locked, by the update or by who came first.
+            if key is not None:
+                self._check_unused(connection, name, key)
+            if not changed:
+                raise self._changed(connection, name, revision)
+            if replacing is not None:
+                sql = (
+                    "UPDATE messages SET replaced = 1 WHERE conversation = :id AND number >= :first"
+                    " AND replaced = 0"
+                )
+                execute(connection, sql, id=name, first=replacing)
+            last = _last_number(connection, name)
             numbered = [
-                {**row, "conversation": name, "number": number}
+                {**row, "conversation": name, "number": number, "request": None}
                 for number, row in enumerate(rows, last + 1)
             ]
             if numbered:
-                _execute_many(connection, _INSERT_MESSAGE, numbered)
-            return revision + 1
+                numbered[0]["request"] = key
+                execute_many(connection, _INSERT_MESSAGE, numbered)
+            return last
 
-        return self._store.run(work)
+        last = self._store.run(work)
+        return revision + 1, numbered_from(last + 1, messages, moment)
 
-    def _not_appended(self, connection: Any, name: str, revision: int, token: str) -> int:
-        sql = "SELECT revision, token FROM conversations WHERE id = :id"
-        row = _execute(connection, sql, id=name).mappings().first()
-        if row is None:
-            raise self._missing(name)
-        if row["token"] == token:  # the first time had come through
-            return revision + 1
-        raise ConflictError(
-            f"the conversation {name!r} was changed by another writer (revision {row['revision']}, "
+    def find_request(self, id: str, request: str) -> int | None:
+        """The number of the message with this request key, replaced or not; `None` if there is none."""
+        name, key = _name("id", id), _name("request", request)
+        return self._store.run(lambda connection: _find_request(connection, name, key), write=False)
+
+    def _check_unused(self, connection: Any, name: str, request: str) -> None:
+        number = _find_request(connection, name, request)
+        if number is not None:
+            raise repeated(name, number)
+
+    def _changed(self, connection: Any, name: str, revision: int) -> StoreError:
+        sql = "SELECT revision FROM conversations WHERE id = :id"
+        found = execute(connection, sql, id=name).scalar()
+        if found is None:
+            return self._missing(name)
+        return ConflictError(
+            f"the conversation {name!r} was changed by another writer (revision {found}, "
             f"here {revision}): reload it"
         )
 
@@ -549,7 +617,7 @@ class Conversations:
         """The revision and the messages of one moment."""
         sql = (  # one statement, so that both are of the same moment in every isolation level
             f"SELECT c.revision, {_MESSAGE} FROM conversations c LEFT JOIN messages m"
-            " ON m.conversation = c.id WHERE c.id = :id ORDER BY m.number"
+            " ON m.conversation = c.id AND m.replaced = 0 WHERE c.id = :id ORDER BY m.number"
         )
         rows = self._read(sql, id=_name("id", id))
         if not rows:
@@ -567,24 +635,24 @@ class Conversations:
         values = {
             "id": _name("id", id),
             "now": _now(self._clock),
-            "title": _clean(title),
+            "title": clean(title),
             "data": None if data is None else _dump("data", dict(data)),
         }
         sql = (
             "UPDATE conversations SET title = COALESCE(:title, title), data = COALESCE(:data, data),"
             " updated = :now WHERE id = :id"
         )
-        if not self._store.run(lambda connection: _execute(connection, sql, **values).rowcount):
+        if not self._store.run(lambda connection: execute(connection, sql, **values).rowcount):
             raise self._missing(id)
 
     def delete(self, id: str) -> bool:
         """Forget it and its messages; its branches stay. Returns whether it was there."""
         sql = "DELETE FROM conversations WHERE id = :id"
         name = _name("id", id)
-        return bool(self._store.run(lambda connection: _execute(connection, sql, id=name).rowcount))
+        return bool(self._store.run(lambda connection: execute(connection, sql, id=name).rowcount))
 
     def branch(self, id: str, at: int | None = None) -> str:
-        """A new conversation with the first `at` messages of this one; `None`: with all.
+        """A new conversation with the messages of this one up to the number `at`; `None`: with all.
 
         They cost the branch nothing. Returns its id.
         """
@@ -592,7 +660,7 @@ class Conversations:
 
         def work(connection: Any) -> str:
             sql = f"SELECT {_CONVERSATION} FROM conversations WHERE id = :id"
-            parent = _execute(connection, sql, id=name).mappings().first()
+            parent = execute(connection, sql, id=name).mappings().first()
             if parent is None:
                 raise self._missing(name)
             row = {**parent, "id": token, "created": now, "updated": now, "token": token}
@@ -603,9 +671,9 @@ class Conversations:
             sql = (
                 "INSERT INTO messages (conversation, number, message, cost, model, status, created,"
                 " body) SELECT :new, number, message, '0', model, status, created, body FROM messages"
-                " WHERE conversation = :id AND number <= :at ORDER BY number"
+                " WHERE conversation = :id AND number <= :at AND replaced = 0 ORDER BY number"
             )
-            _execute(connection, sql, new=token, id=name, at=_ALL if at is None else at)
+            execute(connection, sql, new=token, id=name, at=_ALL if at is None else at)
             return token
 
         return self._store.run(work)
@@ -625,7 +693,7 @@ class Conversations:
             limit: how many at most.
             conversation: in this one only.
         """
-        wanted = _clean(text) or ""
+        wanted = clean(text) or ""
         wanted = wanted[:_MAX_QUERY]
         if not wanted.strip():
             return []
@@ -646,7 +714,8 @@ class Conversations:
         for condition, value in tries:
             sql = (
                 "SELECT m.conversation, m.number, m.message, m.body, c.title FROM messages m"
-                f" JOIN conversations c ON c.id = m.conversation WHERE {condition}{where}"
+                f" JOIN conversations c ON c.id = m.conversation"
+                f" WHERE {condition}{where} AND m.replaced = 0"
                 " ORDER BY m.id DESC LIMIT :limit"
             )
             rows = self._read(sql, query=value, **values)
@@ -665,7 +734,7 @@ class Conversations:
 
     def _read(self, sql: str, **values: Any) -> Any:
         def work(connection: Any) -> Any:
-            return _execute(connection, sql, **values).mappings().all()
+            return execute(connection, sql, **values).mappings().all()
 
         return self._store.run(work, write=False)
 
@@ -687,7 +756,7 @@ class Journal:
             ConflictError: there is one of that id.
         """
         token, now = self._clock.new_id(), _now(self._clock)
-        values = {"id": _name("run_id", run_id), "agent": _clean(agent), "now": now, "token": token}
+        values = {"id": _name("run_id", run_id), "agent": clean(agent), "now": now, "token": token}
         values["data"] = _dump("data", data)
 
         def work(connection: Any) -> None:
@@ -695,10 +764,10 @@ class Journal:
                 "INSERT INTO runs (id, agent, status, data, created, updated, token) VALUES"
                 " (:id, :agent, 'running', :data, :now, :now, :token) ON CONFLICT (id) DO NOTHING"
             )
-            if _execute(connection, sql, **values).rowcount:
+            if execute(connection, sql, **values).rowcount:
                 return
             sql = "SELECT token FROM runs WHERE id = :id"
-            if _execute(connection, sql, id=run_id).scalar() != token:
+            if execute(connection, sql, id=run_id).scalar() != token:
                 raise ConflictError(f"there is a run {run_id!r} already: choose another id")
 
         self._store.run(work)
@@ -711,21 +780,21 @@ class Journal:
             StoreError: there is no such run (`missing`), or the store cannot be used.
         """
         name, token = _name("run_id", run_id), self._clock.new_id()
-        values = {"run": name, "number": number, "kind": _clean(kind), "token": token}
+        values = {"run": name, "number": number, "kind": clean(kind), "token": token}
         values["payload"] = _dump("payload", payload)
 
         def work(connection: Any) -> None:
             sql = "UPDATE runs SET updated = :now WHERE id = :run"
-            if not _execute(connection, sql, run=name, now=_now(self._clock)).rowcount:
+            if not execute(connection, sql, run=name, now=_now(self._clock)).rowcount:
                 raise self._missing(name)
             sql = (
                 "INSERT INTO steps (run, number, kind, payload, token) VALUES"
                 " (:run, :number, :kind, :payload, :token) ON CONFLICT (run, number) DO NOTHING"
             )
-            if _execute(connection, sql, **values).rowcount:
+            if execute(connection, sql, **values).rowcount:
                 return
             sql = "SELECT token FROM steps WHERE run = :run AND number = :number"
-            if _execute(connection, sql, run=name, number=number).scalar() != token:
+            if execute(connection, sql, run=name, number=number).scalar() != token:
                 raise ConflictError(
                     f"step {number} of the run {name!r} is written already: another process works on it"
                 )
@@ -742,8 +811,8 @@ class Journal:
         """Set the status: `done`, `failed`, `paused`, whatever the agent calls it."""
         name = _name("run_id", run_id)
         sql = "UPDATE runs SET status = :status, updated = :now WHERE id = :run"
-        values = {"status": _clean(status), "now": _now(self._clock), "run": name}
-        if not self._store.run(lambda connection: _execute(connection, sql, **values).rowcount):
+        values = {"status": clean(status), "now": _now(self._clock), "run": name}
+        if not self._store.run(lambda connection: execute(connection, sql, **values).rowcount):
             raise self._missing(name)
 
     def get(self, run_id: str) -> Run | None:
@@ -760,12 +829,46 @@ class Journal:
 
     def _read(self, sql: str, **values: Any) -> Any:
         def work(connection: Any) -> Any:
-            return _execute(connection, sql, **values).mappings().all()
+            return execute(connection, sql, **values).mappings().all()
 
         return self._store.run(work, write=False)
 
     def _missing(self, name: str) -> StoreError:
         return self._store.error(f"has no run {name!r}", "missing")
+
+
+def numbered_from(first: int, messages: Sequence[Stored], now: datetime) -> tuple[Stored, ...]:
+    """The messages as they are kept: with numbers that begin with `first`, and with times."""
+    return tuple(
+        replace(stored, number=number, created=stored.created or now)
+        for number, stored in enumerate(messages, first)
+    )
+
+
+def check_request(request: str | None, messages: Sequence[Stored]) -> str | None:
+    """The request key as it is kept.
+
+    Raises:
+        LLMConfigError: it cannot be one, or there is no message to keep it with.
+    """
+    if request is None:
+        return None
+    if not messages:
+        raise LLMConfigError("a request key needs a message that it is kept with: give one")
+    key = _name("request", request)
+    if len(key.encode()) > _REQUEST_BYTES:
+        raise LLMConfigError(
+            f"request has {len(key.encode())} bytes; give at most {_REQUEST_BYTES}"
+        )
+    return key
+
+
+def repeated(name: str, number: int) -> RepeatedError:
+    """The error of a request key that is there already."""
+    return RepeatedError(
+        f"message {number} of the conversation {name!r} has this request key already: it was said",
+        number=number,
+    )
 
 
 def snippet(text: str, wanted: str) -> str:
@@ -782,19 +885,20 @@ _CONVERSATION: Final = "id, title, owner, created, updated, revision, parent, da
 _MESSAGE: Final = "m.number, m.message, m.usage, m.cost, m.model, m.status, m.created"
 _RUN: Final = "id, agent, status, data, created, updated"
 _INSERT_MESSAGE: Final = (
-    "INSERT INTO messages (conversation, number, message, usage, cost, model, status, created, body)"
-    " VALUES (:conversation, :number, :message, :usage, :cost, :model, :status, :created, :body)"
+    "INSERT INTO messages (conversation, number, message, usage, cost, model, status, created, body,"
+    " request) VALUES (:conversation, :number, :message, :usage, :cost, :model, :status, :created,"
+    " :body, :request)"
 )
 _ALL: Final = 2**62  # more messages than there are
 
 
 class _Process:
-    """What a process owns: connections, and the threads that are inside a transaction."""
+    """What a process owns: connections, and the threads inside a transaction, each with its own."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.engine: Any = None
-        self.inside: set[int] = set()
+        self.inside: dict[int, Any] = {}
         self.broken = False
 
 
@@ -899,23 +1003,36 @@ def _begin(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
-def _execute(connection: Any, sql: str, **values: Any) -> Any:
+def execute(connection: Any, sql: str, **values: Any) -> Any:
+    """What SQLAlchemy gives for one statement with `:name` parameters."""
     import sqlalchemy
 
     return connection.execute(sqlalchemy.text(sql), values)
 
 
-def _execute_many(connection: Any, sql: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def execute_many(connection: Any, sql: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One statement for many rows."""
     import sqlalchemy
 
     connection.execute(sqlalchemy.text(sql), rows)
 
 
+def _last_number(connection: Any, name: str) -> int:
+    sql = "SELECT COALESCE(max(number), 0) FROM messages WHERE conversation = :id"
+    return int(execute(connection, sql, id=name).scalar())
+
+
+def _find_request(connection: Any, name: str, request: str) -> int | None:
+    sql = "SELECT number FROM messages WHERE conversation = :id AND request = :request"
+    number: int | None = execute(connection, sql, id=name, request=request).scalar()
+    return number
+
+
 def _token(connection: Any, name: str) -> Any:
-    return _execute(connection, "SELECT token FROM conversations WHERE id = :id", id=name).scalar()
+    return execute(connection, "SELECT token FROM conversations WHERE id = :id", id=name).scalar()
 
 
-def _clean(text: str | None) -> str | None:
+def clean(text: str | None) -> str | None:
     """Text that both databases take: PostgreSQL has no NUL, and UTF-8 no half characters."""
     if text is None:
         return None
@@ -923,7 +1040,7 @@ def _clean(text: str | None) -> str | None:
 
 
 def _name(what: str, given: Any) -> str:
-    if not isinstance(given, str) or not 0 < len(given) <= _ID_LENGTH or _clean(given) != given:
+    if not isinstance(given, str) or not 0 < len(given) <= _ID_LENGTH or clean(given) != given:
         raise LLMConfigError(
             f"{what} is {given!r:.80}; give a text of 1 to {_ID_LENGTH} characters without NUL"
         )
@@ -938,7 +1055,7 @@ def _dump(what: str, value: Any) -> str:
 
 
 def _pattern(text: str) -> str:
-    cleaned = (_clean(text) or "").lower()
+    cleaned = (clean(text) or "").lower()
     for special in "!%_":
         cleaned = cleaned.replace(special, "!" + special)
     return f"%{cleaned}%"
@@ -959,10 +1076,10 @@ def _message_row(stored: Stored, now: str) -> dict[str, Any]:
         "message": _dump("a message", said),
         "usage": None if usage is None else _dump("usage", usage.model_dump()),
         "cost": None if stored.cost is None else str(stored.cost),
-        "model": _clean(stored.model),
+        "model": clean(stored.model),
         "status": stored.status,
         "created": now if stored.created is None else _text_of(stored.created),
-        "body": (_clean(stored.message.text) or "")[:_SEARCHED],
+        "body": (clean(stored.message.text) or "")[:_SEARCHED],
     }
 
 

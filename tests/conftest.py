@@ -6,6 +6,10 @@ import re
 import hypothesis
 import pytest
 
+from tests.databases import postgres, postgres_server
+
+__all__ = ["postgres", "postgres_server"]  # one server for each worker
+
 # No clock over examples: on a machine that is busy with the other workers even making one is slow.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -14,7 +18,7 @@ hypothesis.settings.load_profile("suite")
 
 # What could change which host is called, with which key, or over which network.
 SPEAKING_VARIABLES = re.compile(
-    r"(LLM|OPENAI|ANTHROPIC|OPENROUTER|OLLAMA|GEMINI|GOOGLE|MISTRAL|GROQ|DEEPSEEK|XAI|TOGETHER|AZURE"
+    r"(LLM|AGENTS|OPENAI|ANTHROPIC|OPENROUTER|OLLAMA|GEMINI|GOOGLE|MISTRAL|GROQ|DEEPSEEK|XAI|TOGETHER|AZURE"
     r"|VLLM|LMSTUDIO|HF|OTEL)_.*"
     r"|.*_API_KEY|MODEL_NAME|.*_PROXY|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_(FILE|DIR)|NETRC",
     re.IGNORECASE,

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from LLM.errors import LLMBudgetError, LLMConfigError
-from LLM.policies.budget import Budget, active_budgets, enter, leave, reserve_all
-from LLM.policies.spending import ABANDONED_AFTER, RETRY_AFTER, Amount, Spending
+from LLM.errors import LLMBudgetError, LLMConfigError, LLMConnectionError
+from LLM.policies.budget import Book, Budget, active_budgets, enter, leave, reserve_all
+from LLM.policies.spending import ABANDONED_AFTER, RETRY_AFTER, Amount, Receipt, Spending, Standing
 from LLM.policies.sqlite import DatabaseError
 from LLM.types import TokenUsage
 from tests.fakes import FakeClock
@@ -530,6 +530,68 @@ def test_a_store_that_cannot_be_used_refuses_and_says_so(tmp_path):
             ask()
         assert isinstance(caught.value.__cause__, DatabaseError)
         assert "\n" not in str(caught.value)
+
+
+class Unreachable:
+    """A book that is away."""
+
+    def reserve(self, name, period, amount, check):
+        raise LLMConnectionError("the book is away")
+
+    def settle(self, name, receipt, truth, uncertain):
+        raise AssertionError
+
+    def standing(self, name, period):
+        raise LLMConnectionError("the book is away")
+
+
+class Paper:
+    """A book of one's own: all of it in one list."""
+
+    def __init__(self):
+        self.lines = []
+        self.spent = Amount()
+
+    def reserve(self, name, period, amount, check):
+        check(self.standing(name, period))
+        self.lines.append((name, amount))
+        return Receipt(str(len(self.lines)), period, amount)
+
+    def settle(self, name, receipt, truth, uncertain):
+        self.lines.remove((name, receipt.amount))
+        self.spent = self.spent.plus(truth)
+
+    def standing(self, name, period):
+        reserved = Amount()
+        for _, amount in self.lines:
+            reserved = reserved.plus(amount)
+        return Standing(self.spent, reserved)
+
+
+def test_a_budget_can_be_kept_in_a_book_of_ones_own():
+    book = Paper()
+    assert isinstance(book, Book)
+    budget = Budget("0.10", store=book, name="mine")
+    assert budget.store is book
+    reservation = budget.reserve(Decimal("0.07"), 5)
+    assert book.lines == [("mine", Amount(Decimal("0.07"), 5, 1))]
+    with pytest.raises(LLMBudgetError, match=r"\$0\.03 left"):
+        budget.reserve(Decimal("0.07"), 5)
+    reservation.settle(Decimal("0.02"), 3)
+    assert (budget.spent_usd, budget.reserved_usd) == (Decimal("0.02"), 0)
+
+
+def test_an_error_of_a_book_goes_out_as_it_is():
+    budget = Budget(1, store=Unreachable())
+    for ask in (lambda: budget.reserve(CENT, 1), budget.state):
+        with pytest.raises(LLMConnectionError, match="the book is away"):
+            ask()
+
+
+@pytest.mark.parametrize("store", [object(), 5, ["reserve", "settle", "standing"]])
+def test_what_is_no_book_is_refused(store):
+    with pytest.raises(LLMConfigError, match="reserve, settle and standing"):
+        Budget(1, store=store)
 
 
 def test_trouble_at_settling_keeps_the_truth_for_later(url, tmp_path, caplog, monkeypatch):

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from LLM.clock import Clock
 from LLM.errors import LLMBudgetError, LLMConfigError
@@ -87,16 +87,37 @@ class BudgetState:
         return f"budget {self.name!r}: {', '.join(parts)} spent{when}"
 
 
-class _Book(Protocol):
-    """Where it stands what was reserved and spent: in memory, or in a file."""
+@runtime_checkable
+class Book(Protocol):
+    """Where it stands what was reserved and spent: what `Budget(store=…)` takes, besides a URL.
+
+    Threads call it at once. An `LLMError` that `reserve` or `standing` raises goes out as it is.
+    """
 
     def reserve(
         self, name: str, period: str, amount: Amount, check: Callable[[Standing], None]
-    ) -> Receipt: ...
+    ) -> Receipt:
+        """Reserve `amount`, unless `check` raises; nobody else reserves between the two.
 
-    def settle(self, name: str, receipt: Receipt, truth: Amount, uncertain: Decimal) -> None: ...
+        Args:
+            name: of the budget.
+            period: `2026-11-21`, `2026-11`, or `""` for all time.
+            amount: the worst case of a call.
+            check: gets what stands now; raises if the amount does not fit beside it.
+        """
+        ...
 
-    def standing(self, name: str, period: str) -> Standing: ...
+    def settle(self, name: str, receipt: Receipt, truth: Amount, uncertain: Decimal) -> None:
+        """Put `truth` in the place of a reservation. Never raises.
+
+        Args:
+            uncertain: US dollars of `truth` that are the worst case, for nobody knows better.
+        """
+        ...
+
+    def standing(self, name: str, period: str) -> Standing:
+        """What stands of a budget in a period."""
+        ...
 
 
 class _Memory:
@@ -156,8 +177,8 @@ class Budget:
             `"refuse"` it, or `"allow"` it and count what becomes known.
         name: for messages; in a store, budgets of one name are one.
         period: `"day"` or `"month"`, in UTC, after which it begins anew; `None`: never.
-        store: `"sqlite:///spend.db"` or a `Spending`: lasts over runs, shared among processes; left out
-            or `None`: in memory, and a forked child goes on with a copy of its own.
+        store: `"sqlite:///spend.db"`, a `Spending` or another `Book`: lasts over runs, shared among
+            processes; left out or `None`: in memory, and a forked child goes on with a copy of its own.
 
     Raises:
         LLMConfigError: a limit is no positive number, in another currency or unit, or none is given.
@@ -174,7 +195,7 @@ class Budget:
         unknown: Literal["refuse", "allow"] = "refuse",
         name: str = "default",
         period: Period | None = None,
-        store: Spending | str | None = None,
+        store: Book | str | None = None,
         clock: Clock | None = None,
         **unknown_units: Any,
     ) -> None:
@@ -210,9 +231,12 @@ class Budget:
         self.period: Final = period
         self._clock = clock or Clock()
         self.store = Spending(store, clock=self._clock) if isinstance(store, str) else store
-        if not isinstance(self.store, (Spending, type(None))):
-            raise LLMConfigError(f"store must be a URL or a Spending, not {type(store).__name__}")
-        self._book: _Book = self.store or _Memory()
+        if not isinstance(self.store, (Book, type(None))):
+            raise LLMConfigError(
+                "store must be a URL, a Spending, or a Book with reserve, settle and standing, not "
+                f"{type(store).__name__}"
+            )
+        self._book: Book = _Memory() if self.store is None else self.store
         self._warned: str | None = None
         self.after_fork()
         renew_after_fork(self)

@@ -61,6 +61,7 @@ class Amount(NamedTuple):
     requests: int = 0
 
     def plus(self, other: Amount) -> Amount:
+        """The sum, part by part, exact."""
         return Amount(
             add(self.usd, other.usd), self.tokens + other.tokens, self.requests + other.requests
         )

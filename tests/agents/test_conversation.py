@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.conversation import Conversation
-from agents.store import ConflictError, Store, Stored, StoreError
+from agents.store import ConflictError, RepeatedError, Store, Stored, StoreError
 from agents.types import EventType, Message, TokenUsage
 from LLM import (
     LLM,
@@ -390,6 +390,107 @@ def test_a_branch_goes_its_own_way(server, talk):
     for wrong in (5, -5):
         with pytest.raises(LLMConfigError, match="4 messages"):
             talk.branch(wrong)
+
+
+# What was not said through it
+
+
+def test_what_an_agent_said_can_be_added(server, talk):
+    talk.say("Hi!")
+    answer = Stored(Message(role="assistant", content="5"), TokenUsage(total_tokens=7), COST, "m")
+    kept = talk.add([{"role": "user", "content": "2 + 3?"}, answer], request="r")
+    assert [(s.number, s.message.role, s.message.text) for s in kept] == [
+        (3, "user", "2 + 3?"),
+        (4, "assistant", "5"),
+    ]
+    assert all(stored.created is not None for stored in kept)
+    assert (kept[1].usage, kept[1].cost, kept[1].model) == (answer.usage, COST, "m")
+    assert talk.stored[2:] == kept
+    assert again(talk).stored[2:] == kept
+    assert again(talk).revision == talk.revision == 2
+    talk.say("And now?")
+    assert [text for _, text in sent(server)][2:] == ["2 + 3?", "5", "And now?"]
+
+
+def test_what_is_added_twice_is_kept_once(talk):
+    other = again(talk)
+    talk.add([Message(role="user", content="one")], request="r")
+    for late in (talk, other):
+        with pytest.raises(RepeatedError) as caught:
+            late.add([Message(role="user", content="one")], request="r")
+        assert caught.value.number == 1
+    assert said(talk) == said(again(talk)) == [("user", "one")]
+    with pytest.raises(LLMConfigError, match="needs a message"):
+        talk.add([], request="s")
+
+
+def test_another_writer_keeps_what_is_added_out(talk):
+    other = again(talk)
+    talk.add([Message(role="user", content="one")])
+    with pytest.raises(ConflictError) as caught:
+        other.add([Message(role="user", content="two")], replacing=1)
+    assert not isinstance(caught.value, RepeatedError)
+    assert said(again(talk)) == [("user", "one")]
+
+
+@pytest.mark.parametrize("wrong", [5, {"role": 5}, "text"])
+def test_what_is_no_message_is_not_added(llm, wrong):
+    talk = Conversation.open(llm=llm)
+    with pytest.raises(LLMConfigError, match=r"messages\[0\] is not a message"):
+        talk.add([wrong])
+    assert (talk.history, talk.revision) == ((), 0)
+
+
+def test_a_replaced_answer_leaves_the_history(server, talk):
+    server.reply("A", usage=USAGE)
+    server.reply("B", usage=USAGE)
+    talk.say("one")
+    (kept,) = talk.add([Stored(Message(role="assistant", content="C"), cost=COST)], replacing=2)
+    assert kept.number == 3
+    talk.say("two")
+    for seen in (talk, again(talk)):
+        assert [text for _, text in said(seen)] == ["one", "C", "two", "B"]
+        assert [stored.number for stored in seen.stored] == [1, 3, 4, 5]
+        assert seen.search("A") == []
+    assert [text for _, text in sent(server)] == ["one", "C", "two"]
+    assert said(talk.branch(2)) == said(talk)[:2]
+    assert said(talk.branch(0)) == []
+    branch = talk.branch(-1)
+    assert [stored.number for stored in branch.stored] == [1, 3, 4]
+    (added,) = branch.add([Message(role="assistant", content="D")])
+    assert added.number == 5
+
+
+def test_the_first_message_can_be_replaced(talk):
+    talk.add([Message(role="user", content="one")])
+    talk.add([Message(role="user", content="two")], replacing=1)
+    assert said(talk) == said(again(talk)) == [("user", "two")]
+
+
+def test_a_partial_answer_is_part_of_the_history(server, talk):
+    talk.add([Message(role="user", content="one")])
+    talk.add([Stored(Message(role="assistant", content="An"), status="partial")])
+    talk.say("go on")
+    assert [text for _, text in sent(server)] == ["one", "An", "go on"]
+    assert again(talk).stored[1].status == "partial"
+
+
+def test_a_prompt_is_what_would_be_sent(server, place, llm):
+    talk = Conversation.open(place, llm=llm, system="S", context=lambda m: [m[0], *m[-2:]])
+    talk.add([{"role": "user", "content": "one"}, {"role": "assistant", "content": "A"}])
+    prompt = talk.prompt("two")
+    assert [message.text for message in prompt] == ["S", "A", "two"]
+    assert server.requests == []
+    talk.say("two")
+    assert sent(server) == [(message.role, message.text) for message in prompt]
+    assert [m.text for m in again(talk).prompt([Message(role="user", content="x")])][-1] == "x"
+
+
+@pytest.mark.parametrize("nothing", [(), []])
+def test_a_prompt_of_nothing_new_is_the_history(talk, nothing):
+    assert talk.prompt() == []
+    talk.add([Message(role="user", content="one")])
+    assert talk.prompt(nothing) == list(talk.history)
 
 
 def test_a_branch_does_not_tear_a_tool_call_from_its_result(server, talk):

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agents.migrations import migrations
-from agents.store import ConflictError, Store, Stored, StoreError
+from agents.store import ConflictError, RepeatedError, Store, Stored, StoreError
 from agents.types import Message, TokenUsage
 from LLM import LLMConfigError
+from tests.databases import KILL, at_once, child, losing_store
 from tests.fakes import FakeClock
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -45,18 +46,6 @@ def trouble(reason, *words, retriable=False):
     text = str(caught.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
-
-
-@contextmanager
-def child(source, *args):
-    """Another Python process; it is ours once it has printed a line."""
-    command = [sys.executable, "-c", source, *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
-        try:
-            assert process.stdout.readline()
-            yield process
-        finally:
-            process.kill()
 
 
 def in_fork(work):
@@ -290,6 +279,149 @@ def test_the_second_writer_of_a_revision_is_told(store):
     assert (revision, len(kept)) == (1, 1)
 
 
+# Replacing, and saying once
+
+
+def numbers(store, name="c"):
+    return [stored.number for stored in store.conversations.messages(name)]
+
+
+def test_what_is_replaced_is_kept_and_shown_no_more(store):
+    store.conversations.create("c")
+    store.conversations.append("c", [user("one"), user("two needle"), user("three")], 0)
+    assert store.conversations.append("c", [user("four")], 1, replacing=2) == 2
+    assert texts(store) == ["one", "four"]
+    assert numbers(store) == [1, 4]
+    assert store.conversations.search("needle") == store.conversations.search("eedl") == []
+    branch = store.conversations.branch("c", 3)
+    assert texts(store, branch) == ["one"]
+    whole = store.conversations.branch("c")
+    assert numbers(store, whole) == [1, 4]
+    store.conversations.append(whole, [user("five")], 0)
+    assert numbers(store, whole) == [1, 4, 5]
+    sql = "SELECT count(*) FROM messages WHERE replaced = 1"
+    assert store.run(lambda connection: connection.exec_driver_sql(sql).scalar()) == 2
+
+
+def test_all_can_be_replaced_by_nothing(store):
+    store.conversations.create("c")
+    store.conversations.append("c", [user("one")], 0)
+    assert store.conversations.append("c", [], 1, replacing=1) == 2
+    assert texts(store) == []
+    store.conversations.append("c", [user("two")], 2)
+    assert numbers(store) == [2]
+
+
+def test_nothing_is_replaced_by_a_writer_that_comes_too_late(store):
+    store.conversations.create("c")
+    store.conversations.append("c", [user("one")], 0)
+    with trouble("conflict", "revision 1"):
+        store.conversations.append("c", [user("two")], 0, replacing=1)
+    assert texts(store) == ["one"]
+
+
+def test_what_is_said_twice_with_one_request_key_is_kept_once(store):
+    store.conversations.create("c")
+    store.conversations.create("d")
+    store.conversations.append("c", [user("zero")], 0)
+    store.conversations.append("c", [user("one"), user("two")], 1, request="r")
+    assert store.conversations.find_request("c", "r") == 2
+    assert store.conversations.find_request("c", "s") is None
+    for revision in (1, 2):  # also by one that does not know the answer
+        with pytest.raises(RepeatedError, match="message 2 of the conversation 'c'") as caught:
+            store.conversations.append("c", [user("one")], revision, request="r")
+        assert caught.value.number == 2
+        assert pickle.loads(pickle.dumps(caught.value)).number == 2
+    assert texts(store) == ["zero", "one", "two"]
+    assert store.conversations.get("c").revision == 2
+    store.conversations.append(
+        "d", [user("one")], 0, request="r"
+    )  # another conversation's is another
+
+
+def test_a_replaced_message_keeps_its_request_key_and_a_branch_has_none(store):
+    store.conversations.create("c")
+    store.conversations.append("c", [user("one")], 0, request="r")
+    store.conversations.append("c", [user("two")], 1, replacing=1)
+    with pytest.raises(RepeatedError):
+        store.conversations.append("c", [user("one")], 2, request="r")
+    branch = store.conversations.branch("c")
+    assert store.conversations.append(branch, [user("one")], 0, request="r") == 1
+
+
+@pytest.mark.parametrize("request_key", ["", "a\0b", "x" * 501, "😀" * 151, 5])
+def test_a_request_key_that_no_database_takes_is_refused(request_key):
+    with Store.open(":memory:") as store, pytest.raises(LLMConfigError, match="request"):
+        store.conversations.append("c", [user("a")], 0, request=request_key)
+
+
+def test_a_request_key_needs_a_message():
+    with Store.open(":memory:") as store, pytest.raises(LLMConfigError, match="needs a message"):
+        store.conversations.append("c", [], 0, request="r")
+
+
+def test_the_longest_id_and_request_key_can_be_kept(store):
+    name = "".join(chr(0x1F300 + number) for number in range(500))
+    key = "".join(chr(0x1F300 + number) for number in range(150))
+    store.conversations.create(name)
+    store.conversations.append(name, [user("a")], 0, request=key)
+    assert store.conversations.find_request(name, key) == 1
+
+
+def test_an_append_with_a_request_key_to_what_is_not_there_is_told(store):
+    with trouble("missing", "'c'"):
+        store.conversations.append("c", [user("a")], 0, request="r")
+
+
+def test_of_threads_with_one_request_key_exactly_one_is_kept(store):
+    store.conversations.create("c")
+
+    def write(number):
+        while True:
+            revision, _ = store.conversations.load("c")
+            try:
+                store.conversations.append("c", [user(str(number))], revision, request="r")
+            except RepeatedError:
+                return 0
+            except ConflictError:
+                continue
+            return 1
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(write, range(16))) == 1
+    assert len(texts(store)) == 1
+
+
+REPEATER = """
+import sys
+from agents.store import ConflictError, Message, RepeatedError, Store, Stored
+url, kept = sys.argv[1], 0
+with Store.open(url, busy_timeout=30) as store:
+    print(flush=True)
+    sys.stdin.readline()
+    for number in range(20):
+        said = [Stored(Message(role="user", content=str(number)))]
+        while True:
+            revision, _ = store.conversations.load("c")
+            try:
+                store.conversations.append("c", said, revision, request=str(number))
+                kept += 1
+            except RepeatedError:
+                pass
+            except ConflictError:
+                continue
+            break
+print(kept)
+"""
+
+
+def test_of_two_processes_with_the_same_request_keys_each_message_is_kept_once(store, url):
+    store.conversations.create("c")
+    kept = at_once(REPEATER, [url], [url])
+    assert sum(map(int, kept)) == 20
+    assert texts(store) == [str(number) for number in range(20)]
+
+
 WRITER = """
 import sys
 from agents.store import ConflictError, Message, Store, Stored
@@ -504,33 +636,14 @@ def test_a_lost_connection_is_made_again_without_a_word(postgres):
         assert store.conversations.append("c", [user("hello")], 0) == 1
 
 
-KILL = "SELECT pg_terminate_backend(pg_backend_pid())"
-
-
 @pytest.mark.parametrize("after", [True, False])
 def test_a_write_whose_answer_was_lost_is_done_once(postgres, after):
     """The connection dies before, or just after the write; the second time knows which."""
-    lost = []
-
-    class Losing(Store):
-        def run(self, work, *, write=True):
-            def losing(connection):
-                if lost or not write:
-                    return work(connection)
-                lost.append(True)
-                if after:
-                    work(connection)
-                    connection.connection.driver_connection.commit()
-                connection.exec_driver_sql(KILL)
-                raise AssertionError
-
-            return super().run(losing, write=write)
-
-    with Losing.open(postgres.new()) as store:
+    with losing_store(postgres.new(), after=after) as (store, lost):
         work = store.conversations, store.journal
         assert work[0].create("c").id == "c"
         lost.clear()
-        assert work[0].append("c", [user("a"), user("b")], 0) == 1
+        assert work[0].append("c", [user("a"), user("b")], 0, request="r1") == 1
         lost.clear()
         name = work[0].branch("c", 1)
         lost.clear()
@@ -540,6 +653,10 @@ def test_a_write_whose_answer_was_lost_is_done_once(postgres, after):
         assert texts(store) == ["a", "b"]
         assert texts(store, name) == ["a"]
         assert len(work[1].steps("r")) == 1
+        lost.clear()
+        _, (kept,) = work[0].keep("c", [user("c")], 1, replacing=2)
+        assert kept.number == 3
+        assert texts(store) == ["a", "c"]
 
 
 def test_a_connection_that_is_lost_twice_is_an_error(store, postgres):
@@ -775,6 +892,31 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(version_1):
     with Store.open(version_1) as store:
         store.conversations.append("c", [user("a new one")], 1)
         assert len(store.conversations.search("new")) == 1
+
+
+@pytest.fixture
+def version_2(url, postgres_or_sqlite):
+    """A database as the second version left it, with two messages."""
+    dialect = url.partition(":")[0]
+    tables = [statement for version in migrations(dialect)[:2] for statement in version]
+    mark = [f"PRAGMA application_id = {0x4C4C4D73}"] if dialect == "sqlite" else []
+    version = ["CREATE TABLE schema_version (version INTEGER PRIMARY KEY)"]
+    version += [f"INSERT INTO schema_version VALUES ({number})" for number in (1, 2)]
+    later = VERSION_1[-1].replace("ancient", "later").replace("'c', 1,", "'c', 2,")
+    postgres_or_sqlite(url, *mark, *version, *tables, *VERSION_1[-2:], later)
+    return url
+
+
+def test_a_database_of_the_second_version_goes_on(version_2):
+    for _ in range(2):
+        with Store.open(version_2) as store:
+            assert texts(store) == ["An ancient word", "An later word"]
+            assert [hit.number for hit in store.conversations.search("word")] == [2, 1]
+    with Store.open(version_2) as store:
+        store.conversations.append("c", [user("a new word")], 1, replacing=2, request="r")
+        assert [hit.number for hit in store.conversations.search("word")] == [3, 1]
+        assert store.conversations.find_request("c", "r") == 3
+        assert store.conversations.delete("c")
 
 
 def test_a_migration_that_fails_changes_nothing(version_1, postgres_or_sqlite):
