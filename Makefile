@@ -4,7 +4,7 @@
 # What .venv is made with, and .venv-lowest: the oldest pydantic has wheels up to Python 3.13.
 PYTHON ?= python3
 LOWEST_PYTHON ?= $(shell for p in python3.10 python3.11; do $$p -c '' 2>/dev/null && echo $$p && exit; done; echo $(PYTHON))
-# More arguments for demo, demo-budget, test, test-lowest and bench.
+# More arguments for demo, demo-budget, serve, test, test-lowest and bench.
 ARGS ?=
 
 PY := .venv/bin/python
@@ -28,6 +28,11 @@ demo: .venv/core  ## a short streamed talk, through a local server
 
 demo-budget: .venv/core  ## 200 calls, paced, budgeted, cached and reported, through a local server
 	@$(PY) -m LLM demo budget $(ARGS)
+
+# A model of your own: AGENTS_LOCAL=false make serve, with what `python -m agents serve --help` tells of.
+serve: .venv/serve  ## the chat service with a stand-in model, in data/chat.db; prints its address
+	@mkdir -p data
+	@AGENTS_LOCAL=$${AGENTS_LOCAL:-true} AGENTS_DATABASE=$${AGENTS_DATABASE:-sqlite:///data/chat.db} $(PY) -m agents serve $(ARGS)
 
 test: .venv/dev  ## run all tests, then ask for 95 % branch coverage
 	@$(PY) -m coverage erase
@@ -71,6 +76,10 @@ clean:  ## remove all that these targets made
 	@echo 'installing …'; $(PY) $(PIP) --editable '.[cli]'
 	@touch $@
 
+.venv/serve: pyproject.toml | .venv/bin/python
+	@echo 'installing …'; $(PY) $(PIP) --editable '.[cli,server]'
+	@touch $@
+
 .venv/dev: .venv/core
 	@echo 'installing what development needs …'; $(PY) $(PIP) --editable '.[dev]'
 	@touch $@
@@ -83,5 +92,5 @@ clean:  ## remove all that these targets made
 	@echo 'installing the oldest:' `cat .venv-lowest/floors.txt`; .venv-lowest/bin/python $(PIP) --constraint .venv-lowest/floors.txt --only-binary pydantic-core --editable '.[cli,docs,test]'
 	@touch $@
 
-.PHONY: help install demo demo-budget test cover lint format docs bench test-lowest soak clean
+.PHONY: help install demo demo-budget serve test cover lint format docs bench test-lowest soak clean
 .DELETE_ON_ERROR:

@@ -230,6 +230,32 @@ def test_a_thread_that_was_there_before_pays_for_nobody(server, llm):
                     inside.submit(ask, llm).result()
 
 
+def test_a_block_for_this_thread_alone_holds_no_thread_that_is_started_meanwhile(server, llm):
+    with llm.budget(requests=1, threads=False) as budget, ThreadPoolExecutor(1) as other:
+        for _ in range(3):
+            other.submit(ask, llm).result()
+        assert budget.spent_requests == 0
+        ask(llm)
+        with pytest.raises(LLMBudgetError):
+            ask(llm)
+        inside = contextvars.copy_context()
+        with pytest.raises(LLMBudgetError):
+            other.submit(inside.run, ask, llm).result()
+
+
+def test_answers_in_threads_of_their_own_pay_each_for_itself(server, llm):
+    """As a service has them: one client, a thread for each answer, begun while others are under way."""
+
+    def answer(left):
+        with llm.budget(requests=1, threads=False) as budget:
+            below = ThreadPoolExecutor(1).submit(answer, left - 1) if left else None
+            ask(llm)
+            spent = budget.spent_requests
+            return [spent] if below is None else [spent, *below.result()]
+
+    assert answer(5) == [1] * 6
+
+
 def test_the_context_takes_a_budget_into_any_thread(server, llm):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()

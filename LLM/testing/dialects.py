@@ -588,7 +588,11 @@ def _check_pairs(messages: Messages, orphan: str, unanswered: str) -> None:
         elif waiting:
             raise _refused(unanswered.format(ids=", ".join(waiting)), where)
         else:
-            waiting = [call["id"] for call in message.get("tool_calls") or ()]
+            waiting = []
+            for number, call in enumerate(message.get("tool_calls") or ()):
+                if not isinstance(call.get("id"), str):
+                    raise _missing(f"messages[{index}].tool_calls[{number}].id")
+                waiting.append(call["id"])
 
 
 def _checked_tools(tools: Any) -> Messages | None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
 from LLM.testing import LocalServer, Received
 from LLM.testing.arithmetic import evaluate
@@ -903,3 +904,20 @@ def test_the_names_are_imported_when_used():
     command = [sys.executable, "-c", code]
     fresh = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert fresh.stdout.strip() == "False"
+
+
+def test_a_tool_call_without_an_id_is_refused_as_vendors_do(server):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for id_ in ({}, {"id": None}):
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "tool_calls": [{**call, **id_}]},
+            {"role": "user", "content": "Well?"},
+        ]
+        answer = requests.post(
+            f"{server.url}/v1/chat/completions",
+            json={"model": "m", "messages": messages},
+            timeout=9,
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "messages[1].tool_calls[0].id"

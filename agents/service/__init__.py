@@ -1,0 +1,1 @@
+"""The chat service: conversations, history and cost over HTTP."""

@@ -1,0 +1,179 @@
+"""From a thread to the event loop: what an answer's thread says, for whoever reads it over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, Generic, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+# Seconds without an event after which a comment is sent: proxies end connections that seem idle, most
+# after 60 s.
+KEEP_ALIVE: Final = 15.0
+_COMMENT: Final = b": keep-alive\n\n"
+
+
+class Feed(Generic[T]):
+    """What one thread says, in order, for any number of readers on the event loop.
+
+    A reader that comes late gets all of it. When the last one goes away before the end, `on_abandoned` is
+    called, in the event loop.
+
+    Attributes:
+        items: all that was said so far.
+        finished: whether that is all.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_abandoned: Callable[[], object]) -> None:
+        self.items: list[T] = []
+        self.finished = False
+        self._loop = loop
+        self._on_abandoned = on_abandoned
+        self._readers: set[Reader[T]] = set()
+        self._lock = threading.Lock()
+        self._telling = False
+
+    def put(self, item: T) -> None:
+        """Say something; called by the thread."""
+        self.items.append(item)
+        self._tell()
+
+    def finish(self) -> None:
+        """That was all; called by the thread."""
+        self.finished = True
+        self._tell()
+
+    def read(self) -> Reader[T]:
+        """A reader from the beginning; called in the event loop. To be closed by who reads."""
+        reader = Reader(self)
+        self._readers.add(reader)
+        return reader
+
+    def _tell(self) -> None:
+        # Waking the loop is a write to a pipe: once for all that is said until it wakes.
+        with self._lock:
+            if self._telling:
+                return
+            self._telling = True
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:  # the loop is closed: the service has stopped
+            self._telling = False
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._telling = False
+        for reader in self._readers:
+            reader.wake.set()
+
+    def leave(self, reader: Reader[T]) -> None:
+        """Nobody reads there any more."""
+        self._readers.discard(reader)
+        if not self._readers and not self.finished:
+            self._on_abandoned()
+
+
+class Reader(Generic[T]):
+    """One who reads a `Feed`."""
+
+    def __init__(self, feed: Feed[T]) -> None:
+        self.wake = asyncio.Event()
+        self._feed = feed
+        self._at = 0
+        self._gone = False
+
+    def gone(self) -> None:
+        """The client went away: reading ends."""
+        self._gone = True
+        self.wake.set()
+
+    async def __aiter__(self) -> AsyncIterator[T | None]:
+        """What is said, as it comes; `None` for each pause of `KEEP_ALIVE` seconds."""
+        feed = self._feed
+        while not self._gone:
+            while self._at < len(feed.items) and not self._gone:
+                self._at += 1
+                yield feed.items[self._at - 1]
+            if self._gone or (feed.finished and self._at == len(feed.items)):
+                return
+            self.wake.clear()
+            if self._at < len(feed.items) or feed.finished:
+                continue
+            try:
+                await asyncio.wait_for(self.wake.wait(), KEEP_ALIVE)
+            except asyncio.TimeoutError:
+                yield None
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._feed.leave(self)
+
+
+async def all_of(feed: Feed[T], receive: Receive) -> list[T]:
+    """All that is said; less, if the client goes away before."""
+    reader = feed.read()
+    watching = asyncio.ensure_future(_watch(receive, reader))
+    try:
+        async for _ in reader:
+            pass
+    finally:
+        watching.cancel()
+        reader.close()
+    return feed.items
+
+
+class FeedResponse(Response):
+    """A feed as server-sent events; a client that goes away is noticed at once.
+
+    Args:
+        feed: what is sent.
+        encode: an item as bytes of the stream; empty ones are not sent.
+        headers: beside those of an event stream.
+    """
+
+    def __init__(
+        self,
+        feed: Feed[T],
+        encode: Callable[[T], bytes],
+        *,
+        headers: dict[str, str] | None = None,
+        status_code: int = 200,
+    ) -> None:
+        # nginx would keep the events back in its buffer; others do not know the header.
+        named = {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
+        super().__init__(status_code=status_code, headers=named, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._feed: Feed[Any] = feed
+        self._encode = encode
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's form
+        reader = self._feed.read()
+        watching = asyncio.ensure_future(_watch(receive, reader))
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            async for item in reader:
+                body = _COMMENT if item is None else self._encode(item)
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            watching.cancel()
+            reader.close()
+
+
+async def _watch(receive: Receive, reader: Reader[Any]) -> None:
+    """Tell the reader when its client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    reader.gone()

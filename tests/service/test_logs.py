@@ -1,0 +1,211 @@
+"""The service's log: its forms, and what is never in it."""
+
+import io
+import json
+import logging
+import re
+import threading
+from contextvars import copy_context
+
+import pydantic
+import pytest
+
+from agents.service import logs
+from agents.service.settings import Settings
+from LLM import LLMServerError
+
+SECRET = "llm-0123456789-" + "Ab_-" * 10 + "xyz"
+SAID = "what a person said"
+
+
+@pytest.fixture
+def log_to():
+    """Set logging up as the service does, and put it back."""
+    names = (None, "agents", "LLM", "uvicorn", "uvicorn.error", "uvicorn.access")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(each, each.level, list(each.handlers), each.propagate) for each in loggers]
+
+    def configured(**settings):
+        stream = io.StringIO()
+        logs.configure(Settings.load(**settings), stream)
+        return stream
+
+    yield configured
+    for each, level, handlers, propagate in before:
+        each.setLevel(level)
+        each.handlers[:] = handlers
+        each.propagate = propagate
+
+
+def lines(stream):
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_is_one_object_a_line_with_the_request_it_belongs_to(log_to):
+    stream = log_to(log_format="json")
+    token = logs.request_id.set("r-1")
+    logging.getLogger("agents.service").info("GET %s\n200", "/x", extra={"status": 200, "no": None})
+    logs.request_id.reset(token)
+    logging.getLogger("agents.service").warning("later")
+    first, second = lines(stream)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
+    assert first == {
+        "level": "info",
+        "logger": "agents.service",
+        "message": "GET /x\n200",
+        "request_id": "r-1",
+        "status": 200,
+    }
+    assert second["request_id"] is None
+
+
+def test_an_extra_cannot_pose_as_a_field_of_the_line(log_to):
+    stream = log_to(log_format="json")
+    logging.getLogger("agents").info(
+        "x", extra={"level": "fake", "time": "fake", "request_id": "fake"}
+    )
+    (line,) = lines(stream)
+    assert line["level"] == "info"
+    assert line["request_id"] is None
+    assert line["time"] != "fake"
+
+
+def test_text_is_one_line_whatever_is_in_it(log_to):
+    stream = log_to()
+    token = logs.request_id.set("r-2")
+    logging.getLogger("agents").info("a\nb\x1b[31m", extra={"path": "/x\ny\x1b"})
+    logs.request_id.reset(token)
+    (line,) = stream.getvalue().splitlines()
+    assert re.match(r"[\d-]{10} [\d:.]{12} INFO    agents: a b", line)
+    assert line.endswith("request_id=r-2")
+    assert "\x1b" not in line
+
+
+def test_a_thread_with_a_copy_of_the_context_bears_the_request(log_to):
+    stream = log_to(log_format="json")
+    token = logs.request_id.set("r-3")
+    run = copy_context().run
+    logs.request_id.reset(token)
+    log = logging.getLogger("agents")
+    thread = threading.Thread(target=run, args=(log.info, "from the thread"))
+    thread.start()
+    thread.join()
+    assert lines(stream)[0]["request_id"] == "r-3"
+
+
+def test_the_level_holds_for_ours_and_others_are_heard_from_warning_on(log_to):
+    stream = log_to(log_level="DEBUG", log_format="json")
+    for name in ("agents.service", "LLM", "uvicorn.error", "sqlalchemy.engine", "asyncio"):
+        logging.getLogger(name).debug("d")
+        logging.getLogger(name).warning("w")
+    heard = [(line["logger"], line["message"]) for line in lines(stream)]
+    assert heard == [
+        ("agents.service", "d"),
+        ("agents.service", "w"),
+        ("LLM", "d"),
+        ("LLM", "w"),
+        ("uvicorn.error", "d"),
+        ("uvicorn.error", "w"),
+        ("sqlalchemy.engine", "w"),
+        ("asyncio", "w"),
+    ]
+
+
+def test_an_error_level_silences_warnings_of_all(log_to):
+    stream = log_to(log_level="error")
+    logging.getLogger("agents").warning("w")
+    logging.getLogger("other").warning("w")
+    assert stream.getvalue() == ""
+
+
+def test_configured_twice_it_says_things_once(log_to):
+    log_to()
+    stream = log_to()
+    logging.getLogger("agents").info("once")
+    assert stream.getvalue().count("once") == 1
+
+
+def test_the_access_log_of_uvicorn_which_shows_searches_is_silent(log_to):
+    stream = log_to()
+    logging.getLogger("uvicorn.access").info("GET /conversations?q=%s", SAID)
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_key_is_in_no_line(log_to, form):
+    stream = log_to(log_format=form)
+    log = logging.getLogger("agents")
+    log.info("key %s", SECRET, extra={"header": f"Bearer {'x' * 30}", "path": f"/{SECRET}"})
+    try:
+        raise RuntimeError(f"refused sk-{'y' * 30} and {SECRET}")
+    except RuntimeError:
+        log.exception("failed")
+    text = stream.getvalue()
+    assert "Ab_-Ab_-" not in text
+    assert "xxxx" not in text
+    assert "yyyy" not in text
+    assert text.count("***") >= 4
+
+
+class Model(pydantic.BaseModel):
+    number: int
+
+
+def fail(kind):
+    try:
+        Model(number=SAID)
+    except ValueError as error:
+        raise kind("in the open") from error
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_exception_is_told_without_what_it_quotes(log_to, form):
+    stream = log_to(log_format=form)
+    try:
+        fail(LLMServerError)
+    except LLMServerError:
+        logging.getLogger("agents").exception("failed")
+    text = stream.getvalue()
+    assert SAID not in text
+    assert "ValidationError" in text
+    assert "which led to" in text
+    assert "LLMServerError: in the open" in text
+    assert "in fail" in text
+    assert text.index("ValidationError") < text.index("LLMServerError: in the open")
+
+
+def test_of_a_foreign_exception_only_the_kind_is_told(log_to):
+    stream = log_to()
+    try:
+        try:
+            raise ValueError(SAID)
+        finally:
+            raise KeyError("k")
+    except KeyError:
+        logging.getLogger("agents").exception("failed")
+    text = stream.getvalue()
+    assert SAID not in text
+    assert "KeyError: 'k'" in text
+    assert "and while that was handled" in text
+
+
+def test_the_parts_of_a_group_are_told():
+    class Group(Exception):
+        exceptions = (RuntimeError("one"), ValueError(SAID))
+
+    text = logs.told(Group("two"))
+    assert "RuntimeError: one" in text
+    assert "ValueError" in text
+    assert SAID not in text
+
+
+def test_exceptions_that_go_in_a_circle_end():
+    first, second = RuntimeError("1"), RuntimeError("2")
+    first.__context__, second.__context__ = second, first
+    assert logs.told(first).count("RuntimeError") == 2
+
+
+def test_a_huge_value_is_cut(log_to):
+    stream = log_to(log_format="json")
+    logging.getLogger("agents").info("x" * 1_000_000, extra={"more": "y" * 1_000_000})
+    assert len(stream.getvalue()) < 30_000
