@@ -274,11 +274,12 @@ class Conversation:
     def _gone(self) -> StoreError:
         return StoreError(f"the conversation {self.id!r} was deleted", reason="missing")
 
-    def branch(self, at: int | None = None) -> Conversation:
+    def branch(self, at: int | None = None, *, id: str | None = None) -> Conversation:
         """A new conversation that begins with the first `at` messages of the history.
 
         Args:
             at: `None`: all of them; below 0: without the last ones, as in a slice.
+            id: of the new one; if it is a branch of this one already, that is opened. Left out: a new one.
 
         Raises:
             LLMConfigError: there are not so many, or a tool call would lose its result.
@@ -290,7 +291,7 @@ class Conversation:
         if number < len(stored) and stored[number].message.role == "tool":
             raise LLMConfigError(f"at is {at}, between a tool call and its result; choose another")
         last = stored[number - 1].number if number else 0
-        new = self._conversations.branch(self.id, last)
+        new = self._conversations.branch(self.id, last, new=id)
         return Conversation(
             self._conversations,
             new,
@@ -578,13 +579,17 @@ class _Memory:
     def delete(self, id: str) -> bool:
         return self._kept.pop(id, None) is not None
 
-    def branch(self, id: str, at: int) -> str:
+    def branch(self, id: str, at: int, *, new: str | None = None) -> str:
         kept = self._find(id)
-        name = self._clock.new_id()
+        name = new or self._clock.new_id()
+        if name in self._kept:
+            if self._kept[name].summary.parent == id:
+                return name
+            raise ConflictError(f"there is a conversation {name!r} already: choose another id")
         free = tuple(replace(s, usage=None, cost=Decimal(0)) for s in kept.stored if s.number <= at)
         now = self._clock.utc()
-        new = replace(kept.summary, id=name, parent=id, revision=0, created=now, updated=now)
-        self._kept[name] = _Kept(new, free, free[-1].number if free else 0)
+        made = replace(kept.summary, id=name, parent=id, revision=0, created=now, updated=now)
+        self._kept[name] = _Kept(made, free, free[-1].number if free else 0)
         return name
 
     def search(self, text: str, *, limit: int, conversation: str) -> list[Hit]:

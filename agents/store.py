@@ -12,11 +12,12 @@ import builtins
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Final, Literal, TypeVar
 
 from agents.migrations import APPLICATION_ID, MIGRATION_LOCK, TABLES, migrations
@@ -624,6 +625,30 @@ class Conversations:
             raise self._missing(id)
         return rows[0]["revision"], [_stored(row) for row in rows if row["number"] is not None]
 
+    def costs(self, ids: Iterable[str]) -> dict[str, Decimal | None]:
+        """US dollars of the answers of each of these conversations; `None` if one is unknown.
+
+        Of answers that are shown: what was replaced cost, too, but is not counted here.
+        """
+        import sqlalchemy
+
+        sql = (
+            "SELECT conversation, cost FROM messages WHERE conversation IN :ids"
+            " AND replaced = 0 AND (cost IS NOT NULL OR usage IS NOT NULL OR status = 'partial'"
+            " OR model IS NOT NULL)"
+        )
+        names = list(ids)
+        statement = sqlalchemy.text(sql).bindparams(sqlalchemy.bindparam("ids", expanding=True))
+
+        def work(connection: Any) -> Any:
+            return connection.execute(statement, {"ids": names}).all() if names else []
+
+        total: dict[str, Decimal | None] = dict.fromkeys(names, Decimal(0))
+        for name, cost in self._store.run(work, write=False):
+            before = total[name]
+            total[name] = None if before is None or cost is None else before + Decimal(cost)
+        return total
+
     def update(
         self,
         id: str,
@@ -651,30 +676,38 @@ class Conversations:
         name = _name("id", id)
         return bool(self._store.run(lambda connection: execute(connection, sql, id=name).rowcount))
 
-    def branch(self, id: str, at: int | None = None) -> str:
+    def branch(self, id: str, at: int | None = None, *, new: str | None = None) -> str:
         """A new conversation with the messages of this one up to the number `at`; `None`: with all.
 
         They cost the branch nothing. Returns its id.
+
+        Args:
+            new: its id; if it is a branch of this one already, that is returned. Left out: a new one.
+
+        Raises:
+            ConflictError: `new` is another conversation.
         """
         name, token, now = _name("id", id), self._clock.new_id(), _now(self._clock)
+        branch = token if new is None else _name("new", new)
 
         def work(connection: Any) -> str:
             sql = f"SELECT {_CONVERSATION} FROM conversations WHERE id = :id"
             parent = execute(connection, sql, id=name).mappings().first()
             if parent is None:
                 raise self._missing(name)
-            row = {**parent, "id": token, "created": now, "updated": now, "token": token}
+            row = {**parent, "id": branch, "created": now, "updated": now, "token": token}
             row.update(revision=0, parent=name)
-            if _token(connection, token) == token:  # the first time had come through
-                return token
+            there = execute(connection, sql, id=branch).mappings().first()
+            if there is not None and there["parent"] == name:  # the first time had come through
+                return branch
             self._created(connection, row)
             sql = (
                 "INSERT INTO messages (conversation, number, message, cost, model, status, created,"
                 " body) SELECT :new, number, message, '0', model, status, created, body FROM messages"
                 " WHERE conversation = :id AND number <= :at AND replaced = 0 ORDER BY number"
             )
-            execute(connection, sql, new=token, id=name, at=_ALL if at is None else at)
-            return token
+            execute(connection, sql, new=branch, id=name, at=_ALL if at is None else at)
+            return branch
 
         return self._store.run(work)
 
@@ -1005,16 +1038,20 @@ def _begin(connection: Any) -> None:
 
 def execute(connection: Any, sql: str, **values: Any) -> Any:
     """What SQLAlchemy gives for one statement with `:name` parameters."""
-    import sqlalchemy
-
-    return connection.execute(sqlalchemy.text(sql), values)
+    return connection.execute(_statement(sql), values)
 
 
 def execute_many(connection: Any, sql: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One statement for many rows."""
+    connection.execute(_statement(sql), rows)
+
+
+@lru_cache(256)
+def _statement(sql: str) -> Any:
+    """A statement, read once: that costs as much as running it. There are few, for values are parameters."""
     import sqlalchemy
 
-    connection.execute(sqlalchemy.text(sql), rows)
+    return sqlalchemy.text(sql)
 
 
 def _last_number(connection: Any, name: str) -> int:

@@ -512,7 +512,7 @@ class Answers:
 
     def _start(self, answer: Answer, history: Sequence[Stored]) -> Answer:
         system = answer.conversation.system
-        first = [] if system is None else [Message(role="system", content=system)]
+        first = [] if not system else [Message(role="system", content=system)]
         messages = [*first, *(stored.message for stored in history)]
         try:
             self._threads.start(lambda: self._write(answer, messages))

@@ -69,7 +69,7 @@ class Feed(Generic[T]):
         with self._lock:
             self._telling = False
         for reader in self._readers:
-            reader.wake.set()
+            reader.wake()
 
     def leave(self, reader: Reader[T]) -> None:
         """Nobody reads there any more."""
@@ -82,31 +82,51 @@ class Reader(Generic[T]):
     """One who reads a `Feed`."""
 
     def __init__(self, feed: Feed[T]) -> None:
-        self.wake = asyncio.Event()
         self._feed = feed
         self._at = 0
         self._gone = False
+        self._waiting: asyncio.Future[bool] | None = None
 
     def gone(self) -> None:
         """The client went away: reading ends."""
         self._gone = True
-        self.wake.set()
+        self.wake()
+
+    def wake(self, *, said: bool = True) -> None:
+        """Go on reading; `said`: not because of a long pause."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(said)
+
+    async def batches(self) -> AsyncIterator[list[T]]:
+        """What is said, all that is there at once; an empty list for each pause of `KEEP_ALIVE` seconds."""
+        feed, loop = self._feed, asyncio.get_running_loop()
+        while not self._gone:
+            # Asked first: what is put before the end must not be missed.
+            finished = feed.finished
+            new = feed.items[self._at :]
+            if new:
+                self._at += len(new)
+                yield new
+                continue
+            if finished:
+                return
+            self._waiting = loop.create_future()
+            if feed.finished or self._at < len(feed.items):
+                continue
+            pause = loop.call_later(KEEP_ALIVE, lambda: self.wake(said=False))
+            try:
+                said = await self._waiting
+            finally:
+                pause.cancel()
+            if not said:
+                yield []
 
     async def __aiter__(self) -> AsyncIterator[T | None]:
-        """What is said, as it comes; `None` for each pause of `KEEP_ALIVE` seconds."""
-        feed = self._feed
-        while not self._gone:
-            while self._at < len(feed.items) and not self._gone:
-                self._at += 1
-                yield feed.items[self._at - 1]
-            if self._gone or (feed.finished and self._at == len(feed.items)):
-                return
-            self.wake.clear()
-            if self._at < len(feed.items) or feed.finished:
-                continue
-            try:
-                await asyncio.wait_for(self.wake.wait(), KEEP_ALIVE)
-            except asyncio.TimeoutError:
+        """The same one by one; `None` for each long pause."""
+        async for batch in self.batches():
+            for item in batch:
+                yield item
+            if not batch:
                 yield None
 
     def close(self) -> None:
@@ -119,7 +139,7 @@ async def all_of(feed: Feed[T], receive: Receive) -> list[T]:
     reader = feed.read()
     watching = asyncio.ensure_future(_watch(receive, reader))
     try:
-        async for _ in reader:
+        async for _ in reader.batches():
             pass
     finally:
         watching.cancel()
@@ -132,7 +152,7 @@ class FeedResponse(Response):
 
     Args:
         feed: what is sent.
-        encode: an item as bytes of the stream; empty ones are not sent.
+        encode: an item as bytes of the stream.
         headers: beside those of an event stream.
     """
 
@@ -162,10 +182,9 @@ class FeedResponse(Response):
                     "headers": self.raw_headers,
                 }
             )
-            async for item in reader:
-                body = _COMMENT if item is None else self._encode(item)
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            async for batch in reader.batches():
+                body = b"".join(map(self._encode, batch)) or _COMMENT
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watching.cancel()

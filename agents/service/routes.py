@@ -128,7 +128,7 @@ def create(
     service, wanted = _service(request), body or NewConversation(title=None, system=None)
     system = service.settings.system if wanted.system is None else wanted.system
     data = {} if system is None else {"system": system}
-    name = None if key is None else hashlib.sha256(f"{caller.owner}\0{key}".encode()).hexdigest()
+    name = _named(caller, key)
     conversations = service.store.conversations
     try:
         made = conversations.create(name, title=wanted.title, owner=caller.owner, data=data)
@@ -138,6 +138,11 @@ def create(
             raise
         made = found
     return conversation_view(made, stored=[])
+
+
+def _named(caller: Caller, key: str | None) -> str | None:
+    """The id of what a request with an `Idempotency-Key` makes: the same again if it is sent again."""
+    return None if key is None else hashlib.sha256(f"{caller.owner}\0{key}".encode()).hexdigest()
 
 
 @router.get("/conversations", tags=["conversations"])
@@ -164,10 +169,13 @@ def find(
             snippets.setdefault(hit.conversation, hit.snippet)
         others = [conversations.get(name) for name in snippets if name not in known]
         page = [*page, *(summary for summary in others if summary is not None)]
-    running = service.leases.running([summary.id for summary in page])
+    names = [summary.id for summary in page]
+    running, costs = service.leases.running(names), conversations.costs(names)
     return ConversationPage(
         data=[
-            conversation_view(s, answering=s.id in running, snippet=snippets.get(s.id))
+            conversation_view(
+                s, answering=s.id in running, snippet=snippets.get(s.id), cost=costs[s.id]
+            )
             for s in page
         ],
         next=_cursor(found[limit - 1]) if more else None,
@@ -264,14 +272,20 @@ async def regenerate(
 
 
 @router.post("/conversations/{id}/branch", status_code=201, tags=["conversations"])
-def branch(request: Request, caller: Asking, id: Id, body: Branch) -> ConversationView:  # noqa: A002
+def branch(
+    request: Request,
+    caller: Asking,
+    id: Id,  # noqa: A002
+    body: Branch,
+    key: IdempotencyKey = None,
+) -> ConversationView:
     """A new conversation that begins with the first messages of this one."""
     service = _service(request)
     conversation = service.conversation(caller, id)
     stored = conversation.stored
     shared = sum(s.number <= body.at for s in stored)
     try:
-        new = conversation.branch(shared)
+        new = conversation.branch(shared, id=_named(caller, key))
     except LLMConfigError as error:
         raise Problem(422, "Cannot branch there", str(error)) from error
     return _shown(service, service.conversation(caller, new.id))

@@ -327,9 +327,12 @@ def conversation_view(
     answering: bool = False,
     stored: Sequence[Stored] | None = None,
     snippet: str | None = None,
+    cost: Decimal | None = None,
 ) -> ConversationView:
     """A conversation as the API shows it; with messages, if they are given."""
-    usage, cost = total_of(stored) if stored is not None else (None, None)
+    usage = None
+    if stored is not None:
+        usage, cost = total_of(stored)
     return ConversationView(
         id=summary.id,
         title=summary.title,

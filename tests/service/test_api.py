@@ -154,6 +154,34 @@ def test_a_branch_shares_the_beginning_and_goes_its_own_way(chat):
     assert empty["messages"] == []
 
 
+def test_a_branch_is_made_once_for_one_idempotency_key(chat):
+    name = chat.new()
+    chat.say(name, "One")
+    headers = {"idempotency-key": "b"}
+    path = f"/conversations/{name}/branch"
+    made = [chat.ask("POST", path, json={"at": 2}, headers=headers).json() for _ in range(2)]
+    assert made[0]["id"] == made[1]["id"] and len(made[1]["messages"]) == 2
+    assert len(chat.ask("GET", "/conversations").json()["data"]) == 2
+    other = chat.new()
+    again = chat.ask("POST", f"/conversations/{other}/branch", json={"at": 0}, headers=headers)
+    assert again.status_code == 409
+
+
+def test_lists_show_what_each_conversation_cost(chat):
+    name, empty = chat.new(), chat.new()
+    chat.say(name, "What is 12 x 12?")
+    listed = {c["id"]: c["cost"] for c in chat.ask("GET", "/conversations").json()["data"]}
+    assert listed == {
+        name: chat.ask("GET", f"/conversations/{name}").json()["cost"],
+        empty: "0",
+    }
+
+
+def test_no_instructions_are_no_message(chat, server):
+    chat.say(chat.new(system=""), "Hi")
+    assert [m["role"] for m in server.requests[-1].json["messages"]] == ["user"]
+
+
 def test_a_branch_never_parts_a_tool_call_from_its_result(chat):
     name = chat.new()
     chat.say(name, "What is 12 x 12?")

@@ -56,12 +56,14 @@ const app = {
     list.marks();
   },
 
-  /** An answer is over: titles, order and sums are the service's. */
+  /** An answer is over: the order of the list, and a first title, are the service's. */
   async answered(thread) {
     await list.load();
     const summary = list.items.get(thread.id);
     if (!summary || !thread.conversation) return;
-    for (const name of ["title", "revision"]) thread.conversation[name] = summary[name];
+    // The service makes a title of the first question; one that is there may be newer than this list.
+    thread.conversation.title ??= summary.title;
+    thread.conversation.revision = Math.max(thread.conversation.revision, summary.revision);
     this.describe(thread);
   },
 
@@ -70,12 +72,14 @@ const app = {
     const { conversation } = thread;
     const title = conversation ? titleOf(conversation) : "New conversation";
     document.title = conversation ? `${title} · Chat` : "Chat";
-    const heading = h("h1", {}, conversation ? h("button", { type: "button", class: "title", title: "Rename", onclick: () => rename(conversation) }, title) : title);
-    $("heading").replaceChildren(heading);
+    const parts = [h("h1", {}, conversation ? h("button", { type: "button", class: "title", title: "Rename", onclick: () => rename(conversation) }, title) : title)];
     if (conversation?.parent) {
       const parent = list.items.get(conversation.parent);
-      $("heading").append(h("p", { class: "parent" }, icon("branch"), "Branch of ", h("a", { href: address(conversation.parent) }, parent ? titleOf(parent) : "another conversation")));
+      parts.push(h("p", { class: "parent" }, icon("branch"), "Branch of ", h("a", { href: address(conversation.parent) }, parent ? titleOf(parent) : "another conversation")));
     }
+    // A title that is being written there is not taken away.
+    const writing = $("heading").querySelector(".rename")?.dataset.id;
+    if (!writing || writing !== conversation?.id) $("heading").replaceChildren(...parts);
     const { usage, cost } = sumOf(conversation?.messages ?? []);
     $("totals").textContent = spent(usage, cost);
     $("totals").title = usage ? `${number(usage.prompt_tokens)} prompt tokens, ${number(usage.completion_tokens)} completion tokens` : "";
@@ -108,6 +112,7 @@ const list = {
   next: null,
   query: "",
   asked: 0,
+  late: false, // a newer list than what is shown
 
   /** The list from its beginning; what was unfolded by "more" is folded again only by a search. */
   async load({ fresh = false } = {}) {
@@ -149,6 +154,9 @@ const list = {
     for (const item of data) this.items.set(item.id, item);
     this.next = next;
     $("more").hidden = !next;
+    // A title that is being written in the list is not taken away.
+    this.late = $("list").querySelector(".rename") !== null;
+    if (this.late) return;
     const focused = document.activeElement?.closest("#list li")?.dataset.id;
     $("list").replaceChildren(...[...this.items.values()].map((item) => this.row(item)));
     if (focused) $("list").querySelector(`li[data-id="${CSS.escape(focused)}"] a`)?.focus();
@@ -182,8 +190,8 @@ const list = {
     const id = app.current?.id ?? null;
     for (const row of $("list").children) {
       const link = row.querySelector("a");
-      if (row.dataset.id === id) link.setAttribute("aria-current", "page");
-      else link.removeAttribute("aria-current");
+      if (row.dataset.id === id) link?.setAttribute("aria-current", "page");
+      else link?.removeAttribute("aria-current");
     }
     for (const [name, there] of [["new", app.current && id === null], ["usage", !app.current]]) {
       if (there) $(name).setAttribute("aria-current", "page");
@@ -195,8 +203,9 @@ const list = {
     const here = new Set([...app.running].map((thread) => thread.id));
     for (const row of $("list").children) {
       const item = this.items.get(row.dataset.id);
+      if (!item) continue;
       const shown = here.has(item.id) || (app.current?.id === item.id ? Boolean(app.current.elsewhere) : item.answering);
-      row.querySelector(".answering").hidden = !shown;
+      row.querySelector(".answering")?.toggleAttribute("hidden", !shown); // none where a title is written
     }
   },
 };
@@ -262,7 +271,7 @@ function rename(conversation) {
   const shown = app.current?.id === conversation.id ? $("heading").querySelector(".title") : $("list").querySelector(`li[data-id="${CSS.escape(conversation.id)}"] a`);
   if (!shown) return;
   const before = conversation.title ?? "";
-  const field = h("input", { class: "rename", "aria-label": "Title", maxlength: "200", value: before });
+  const field = h("input", { class: "rename", "data-id": conversation.id, "aria-label": "Title", maxlength: "200", value: before });
   let over = false;
   const end = async (keep) => {
     if (over) return;
@@ -271,6 +280,7 @@ function rename(conversation) {
     const focused = document.activeElement === field;
     field.replaceWith(shown);
     if (focused) shown.focus();
+    if (list.late) list.load();
     if (!keep || !title || title === before) return;
     try {
       changed(await api.patch(api.conversation(conversation.id), { title }));
@@ -282,8 +292,11 @@ function rename(conversation) {
   field.addEventListener("blur", () => end(true));
   field.addEventListener("keydown", (event) => {
     event.stopPropagation();
-    if (event.key === "Enter" && !event.isComposing) end(true);
-    else if (event.key === "Escape") end(false);
+    const keeping = event.key === "Enter" && !event.isComposing;
+    if (!keeping && event.key !== "Escape") return;
+    // The title has the focus then: this key is not also meant for it.
+    event.preventDefault();
+    end(keeping);
   });
   shown.replaceWith(field);
   field.focus();
@@ -607,7 +620,6 @@ function wire() {
   addEventListener("keyneeded", ({ detail }) => askForKey(api.theKey.known ? detail.message : ""));
   addEventListener("keydown", keys);
   addEventListener("hashchange", () => app.route());
-  addEventListener("popstate", () => app.route());
   addEventListener("offline", () => app.current?.notice("You are offline. What you write is kept here.", { kind: "warn" }));
   addEventListener("online", () => {
     app.current?.notice("You are online again.");

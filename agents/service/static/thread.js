@@ -199,6 +199,7 @@ export class Thread {
     this.id = id;
     this.conversation = null;
     this.live = null; // the answer that is coming over this connection
+    this.loading = null; // what is awaited before something is asked: what is shown is to be made anew
     this.latest = 0; // number of the last message that is known to be stored
     this.stuck = true; // to the end, which is followed as it grows
     this.build();
@@ -417,7 +418,8 @@ export class Thread {
     this.send();
   }
 
-  async send() {
+  async send({ notice = [""] } = {}) {
+    if (!(await this.ready())) return;
     const text = this.box.value;
     if (!text.trim() || this.held) return;
     if (this.live || this.elsewhere) {
@@ -429,7 +431,7 @@ export class Thread {
     kept.set(draftName(this.id), draft);
     this.box.value = "";
     this.fit();
-    this.notice("");
+    this.notice(...notice);
     if (!this.conversation) this.list.replaceChildren();
     else if (!this.conversation.messages.length) this.list.querySelector(".welcome")?.remove();
     const bubble = this.person({ content: text });
@@ -447,6 +449,16 @@ export class Thread {
       draft,
       bubble,
     });
+  }
+
+  /** Whether the conversation is there to go on with; not for a second one who asks meanwhile. */
+  async ready() {
+    if (!this.loading && (this.conversation || this.id === null)) return true;
+    if (this.waiting) return false;
+    this.waiting = true;
+    await (this.loading ?? this.load());
+    this.waiting = false;
+    return this.conversation !== null || this.id === null;
   }
 
   async create(draft) {
@@ -469,6 +481,7 @@ export class Thread {
   }
 
   async regenerate() {
+    if (!(await this.ready())) return;
     if (this.live || this.elsewhere || this.held) return;
     this.notice("");
     const old = this.last;
@@ -725,7 +738,7 @@ export class Thread {
           if (error instanceof api.Problem && error.status < 500) throw error;
           return null;
         });
-        if (!conversation) continue;
+        if (!conversation || this.live) continue;
         if (conversation.answering && conversation.revision === this.conversation?.revision) continue;
         this.show(conversation);
         if (!conversation.answering) {
@@ -745,7 +758,11 @@ export class Thread {
   }
 
   /** Show what the service has; with `settle`, once it has finished with an answer that was left. */
-  async reload({ settle = false, quiet = false } = {}) {
+  reload(how) {
+    return this.meanwhile(this.fetchAgain(how));
+  }
+
+  async fetchAgain({ settle = false, quiet = false } = {}) {
     try {
       let conversation = await api.get(api.conversation(this.id));
       for (let tries = 0; settle && conversation.answering && tries < 10; tries += 1) {
@@ -767,6 +784,10 @@ export class Thread {
       return;
     }
     this.list.replaceChildren(h("p", { class: "waiting loading" }, "Loading…"));
+    await this.meanwhile(this.fetchFirst());
+  }
+
+  async fetchFirst() {
     try {
       this.show(await api.get(api.conversation(this.id)));
     } catch (error) {
@@ -775,6 +796,16 @@ export class Thread {
       if (error.status === 404) {
         this.list.append(h("div", { class: "welcome" }, h("h2", {}, "There is no such conversation"), h("p", {}, "It was deleted, or it belongs to somebody else.")));
       } else this.notice(error.message, { kind: "error", action: "Try again", onaction: () => this.load().then(() => this.notice("")) });
+    }
+  }
+
+  /** What is asked meanwhile waits for it. */
+  async meanwhile(work) {
+    this.loading = work;
+    try {
+      return await work;
+    } finally {
+      if (this.loading === work) this.loading = null;
     }
   }
 
@@ -833,11 +864,8 @@ export class Thread {
     kept.set(draftName(made.id), { text });
     const thread = await this.app.open(made.id);
     thread.put(text);
-    const sent = thread.send();
-    thread.notice("This is a branch. The conversation before is as it was.", {
-      action: "Open it",
-      onaction: () => this.app.go(`#/c/${encodeURIComponent(this.id)}`),
-    });
-    sent.catch(() => {});
+    const open = { action: "Open it", onaction: () => this.app.go(`#/c/${encodeURIComponent(this.id)}`) };
+    // The editor is done: what becomes of the answer is the branch's matter.
+    thread.send({ notice: ["This is a branch. The conversation before is as it was.", open] });
   }
 }
