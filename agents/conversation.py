@@ -418,8 +418,7 @@ class Conversation:
         replacing: int | None = None,
         request: str | None = None,
     ) -> tuple[Stored, ...]:
-        first = next((s.message.text for s in new if s.message.role == "user"), "").split()
-        title = self._summary.title or " ".join(first)[:_TITLE] or None
+        title = self._summary.title or title_of(new)
         kept: tuple[Stored, ...]
         revision, kept = self._conversations.keep(
             self.id, new, state.revision, title=title, replacing=replacing, request=request
@@ -611,6 +610,12 @@ def _before(stored: tuple[Stored, ...], replacing: int | None) -> tuple[Stored, 
     if replacing is None:
         return stored
     return tuple(message for message in stored if message.number < replacing)
+
+
+def title_of(new: Sequence[Stored]) -> str | None:
+    """What a talk that begins with these messages is called; `None` before the first question."""
+    first = next((s.message.text for s in new if s.message.role == "user"), "").split()
+    return " ".join(first)[:_TITLE] or None
 
 
 def _is_paid(stored: Stored) -> bool:

@@ -44,6 +44,9 @@ Reason = Literal[
 ]  # fmt: skip
 
 
+# Messages in which a text is looked for inside words, which no index helps with: some 50 ms.
+_INSIDE: Final = 20_000
+
 # Characters of a search that are looked at; SQLite takes a pattern of 50,000 bytes.
 _MAX_QUERY = 1000
 
@@ -626,16 +629,15 @@ class Conversations:
         return rows[0]["revision"], [_stored(row) for row in rows if row["number"] is not None]
 
     def costs(self, ids: Iterable[str]) -> dict[str, Decimal | None]:
-        """US dollars of the answers of each of these conversations; `None` if one is unknown.
+        """US dollars of all answers of each of these conversations; `None` if one is unknown.
 
-        Of answers that are shown: what was replaced cost, too, but is not counted here.
+        Also of those that were replaced: they were paid for.
         """
         import sqlalchemy
 
         sql = (
             "SELECT conversation, cost FROM messages WHERE conversation IN :ids"
-            " AND replaced = 0 AND (cost IS NOT NULL OR usage IS NOT NULL OR status = 'partial'"
-            " OR model IS NOT NULL)"
+            " AND (cost IS NOT NULL OR model IS NOT NULL)"  # an answer, whatever it took
         )
         names = list(ids)
         statement = sqlalchemy.text(sql).bindparams(sqlalchemy.bindparam("ids", expanding=True))
@@ -721,6 +723,8 @@ class Conversations:
     ) -> builtins.list[Hit]:
         """Messages with all these words, the newest first; if there are none, with this text inside words.
 
+        Inside words looks no further back than 20,000 messages: each has to be read.
+
         Args:
             owner: `None`: of all owners.
             limit: how many at most.
@@ -743,7 +747,10 @@ class Conversations:
             query = " ".join('"' + word.replace('"', '""') + '"' for word in wanted.split())
         else:
             words, query = "m.words @@ plainto_tsquery('simple', :query)", wanted
-        tries = ((words, query), ("lower(m.body) LIKE :query ESCAPE '!'", _pattern(wanted)))
+        newest = "m.id > (SELECT COALESCE(max(id), 0) FROM messages) - :newest"
+        inside = f"{newest} AND lower(m.body) LIKE :query ESCAPE '!'"
+        values["newest"] = _INSIDE
+        tries = ((words, query), (inside, _pattern(wanted)))
         for condition, value in tries:
             sql = (
                 "SELECT m.conversation, m.number, m.message, m.body, c.title FROM messages m"
@@ -948,6 +955,7 @@ _SQLITE_TROUBLES: Final = (
     _Trouble("not a database", "foreign", "is not a SQLite database: choose another path"),
     _Trouble("malformed", "corrupt", "is corrupt: restore it from a copy"),
     _Trouble("is full", "full", "cannot grow, the disk is full: make room"),
+    _Trouble("disk I/O", "full", "cannot be written, the disk is full or fails: make room"),
     _Trouble("locked", "locked", "is locked by another process: end that process, or wait"),
     _Trouble("readonly", "read-only", "is read-only: allow writing to it and to its directory"),
     _Trouble(

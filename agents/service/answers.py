@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from decimal import Decimal
 from typing import Any, Final, Literal, NamedTuple, Protocol
@@ -15,11 +15,13 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 from agents.agent import Agent, Cancel
 from agents.conversation import Conversation
 from agents.service.feed import Feed
-from agents.service.leases import Abandoned, BusyError, Leases
+from agents.service.leases import BusyError, Leases
+from agents.service.logs import request_id
 from agents.service.metrics import Metrics
 from agents.service.problems import Problem, problem_of
+from agents.service.talks import Checkpoint, Talks
 from agents.service.views import message_view, money, total_of, usage_view
-from agents.store import ConflictError, RepeatedError, Store, Stored, StoreError
+from agents.store import RepeatedError, Stored, StoreError
 from agents.tools import Toolbox
 from agents.types import AgentCancelledError, AgentEvent, Message, TokenUsage, Turn
 from LLM import LLM, Clock, LLMCancelledError, LLMError
@@ -38,7 +40,11 @@ _MEND_EVERY: Final = 10.0
 # Seconds for which an answer that is there waits for a database that is not.
 KEEP_TRYING: Final = 120.0
 
-_TRIES: Final = 3  # to store a message in a conversation that others write to
+_AGAIN: Final = (
+    "again:"  # begins the name of a write that a caller's key for `regenerate` stands for
+)
+
+_BROKEN: Final = Problem(500, "Internal error", "tell those who run this service")
 
 _STOP_SECONDS: Final = 10.0  # for threads that were cancelled to store what they have
 
@@ -79,8 +85,9 @@ class Recording(Protocol):
 class Threads:
     """Threads for answers, not more than so many at once."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, clock: Clock) -> None:
         self._most = most
+        self._clock = clock
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
 
@@ -116,12 +123,18 @@ class Threads:
             if len(self._threads) >= self._most:
                 raise _too_many(self._most)
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:  # the machine has no more
+            with self._lock:
+                self._threads.discard(thread)
+            raise
 
     def join(self, seconds: float) -> None:
-        """Wait for those that run; they have been told to end."""
+        """Wait for those that run, so long in all; they have been told to end."""
+        end = self._clock.now() + seconds
         for thread in list(self._threads):
-            thread.join(seconds)
+            thread.join(max(0.0, end - self._clock.now()))
 
 
 class Answer:
@@ -129,8 +142,12 @@ class Answer:
 
     Attributes:
         token: its name in the lease.
+        request: the caller's name for it; `None`: none.
         feed: its events.
         cancel: ends it.
+        history: the conversation that it answers.
+        replacing: number of the first message whose place it takes; `None`: none.
+        stored: what it has come to.
         leased: whether it has the conversation for itself.
     """
 
@@ -144,17 +161,21 @@ class Answer:
         loop: asyncio.AbstractEventLoop,
         request: str | None,
     ) -> None:
-        self.conversation = conversation
+        self.id = conversation.id
+        self.system = conversation.system
+        self.revision = conversation.revision
         self.caller = caller
         self.model = model
         self.token = token
         self.request = request
         self.cancel = Cancel()
         self.feed: Feed[Event] = Feed(loop, self.cancel.cancel)
+        self.history: Sequence[Stored] = ()
         self.replacing: int | None = None
         self.stored: list[Stored] = []
         self.status: Status = "ok"
         self.leased = False
+        self._lock = threading.Lock()
         self._pieces: list[str] = []
         self._kept = 0
 
@@ -162,83 +183,51 @@ class Answer:
         """An event for those who read."""
         self.feed.put(Event(event, data))
 
+    def tell(self, problem: Problem) -> None:
+        """An error for those who read."""
+        self.status = "error"
+        self.say("error", **problem.body(request_id.get()))
+
     def heard(self, text: str) -> None:
         """A piece of text that is not stored yet."""
-        self._pieces.append(text)
+        with self._lock:
+            self._pieces.append(text)
 
     @property
     def text(self) -> str:
         """What is not stored yet."""
         return "".join(self._pieces)
 
-    def checkpoint(self) -> str:
+    def checkpoint(self) -> Checkpoint:
         """What another process needs to store if this one is gone."""
-        return json.dumps(
-            {
-                "text": self.text,
-                "replacing": self.replacing,
-                "model": self.model,
-                "name": self._name(self._kept + 1),
-            }
-        )
+        with self._lock:
+            return Checkpoint(self.text, self.name, self.model, self.replacing)
 
-    def _name(self, number: int) -> str:
-        """Of a write, by which it is known when it is tried again, also by another process."""
-        return f"answer:{self.token}:{number}"
+    @property
+    def name(self) -> str:
+        """Of the next write, by which it is known when it is tried again, also by another process."""
+        if self.request is not None and self.request.startswith(_AGAIN) and not self._kept:
+            return self.request
+        return f"answer:{self.token}:{self._kept + 1}"
 
-    def keep(
-        self,
-        messages: Sequence[Stored],
-        store: Store,
-        clock: Clock,
-        *,
-        last: Callable[[], object] | None = None,
-    ) -> list[Stored]:
-        """Store messages of the answer, also if the database is away for a while.
-
-        A write whose answer was lost is known again by its name, so it is not done twice.
-
-        Args:
-            last: done in the same transaction.
-        """
-
-        def work(_: Any) -> tuple[Stored, ...]:
-            kept = self.conversation.add(messages, replacing=self.replacing, request=name)
-            if last is not None:
-                last()
-            return kept
-
-        self._kept += 1
-        name = self._name(self._kept)
-        end, wait = clock.now() + KEEP_TRYING, 0.1
-        while True:
-            try:
-                new = store.run(work)
-                break
-            except RepeatedError as error:
-                self.conversation.reload()
-                new = tuple(s for s in self.conversation.stored if s.number >= error.number)
-                break
-            except StoreError as error:
-                if not error.retriable or clock.now() >= end:
-                    raise
-                log.warning("an answer waits for the database: %s", error)
-                clock.sleep(wait)
-                wait = min(wait * 2, 5.0)
-        self._pieces.clear()
-        self.replacing = None
+    def kept(self, revision: int, new: list[Stored]) -> None:
+        """The next write came through."""
+        with self._lock:
+            self._kept += 1
+            self._pieces.clear()
+            self.replacing = None
+        self.revision = revision
         self.stored += new
-        return list(new)
 
     def end(self) -> None:
         """The last event."""
-        usage, cost = total_of(self.stored)
+        usage, cost = total_of(self.stored) if self.stored else (None, None)
         self.say(
             "done",
             status=self.status,
             usage=_tokens(usage),
             cost=money(cost),
-            revision=self.conversation.revision,
+            revision=self.revision,
         )
         self.feed.finish()
 
@@ -247,7 +236,7 @@ class Answers:
     """All answers of this process.
 
     Args:
-        store: where conversations are.
+        talks: where conversations are.
         leases: which conversations are being answered, in any process.
         asking: gives the client, held to budgets.
         record: writes down what an answer took.
@@ -262,7 +251,7 @@ class Answers:
 
     def __init__(
         self,
-        store: Store,
+        talks: Talks,
         leases: Leases,
         *,
         asking: Asking,
@@ -276,7 +265,7 @@ class Answers:
         metrics: Metrics,
         clock: Clock,
     ) -> None:
-        self._store = store
+        self._talks = talks
         self._leases = leases
         self._asking = asking
         self._record = record
@@ -299,11 +288,15 @@ class Answers:
         self._beating = threading.Thread(target=self._beat, name="answers", daemon=True)
         self._beating.start()
 
-    def stop(self) -> None:
-        """End those that still run: what they have is stored, marked as partial."""
-        self._stopping.set()
+    def cancel_all(self) -> None:
+        """Tell all to end: what they have is stored, marked as partial."""
         for answer in list(self._running.values()):
             answer.cancel.cancel()
+
+    def stop(self) -> None:
+        """End all, and wait until they have stored what they have."""
+        self._stopping.set()
+        self.cancel_all()
         self._threads.join(_STOP_SECONDS)
         if self._beating is not None:
             self._beating.join(_STOP_SECONDS)
@@ -325,49 +318,26 @@ class Answers:
             loop: where the events are read.
 
         Raises:
-            Problem: 409 while another answer is written there, 503 if there are too many.
+            Problem: 409 while another answer is written there, 422 if the name was another message's, 503
+                if there are too many.
             StoreError: it could not be stored; nothing was asked.
         """
         name = None if request is None else f"user:{request}"
+        answer = self._made(caller, conversation, model, name, loop)
         if name is not None:
-            running = self._running.get(conversation.id)
-            if running is not None and running.request == name:
+            running = self._joined(conversation.id, name)
+            if running is not None:
                 return running
-            number = self._store.conversations.find_request(conversation.id, name)
+            number = self._talks.find(conversation.id, name)
             if number is not None:
-                return self._again(caller, conversation, number, name, model=model, loop=loop)
-        answer = self._take(caller, conversation, model, name, loop)
-        try:
-            stored = self._said(answer, Message(role="user", content=content), name)
-        except RepeatedError as error:  # another process was quicker by a moment
-            self._give_back(answer)
-            return self._again(caller, conversation, error.number, name, model=model, loop=loop)
-        except BaseException:
-            self._give_back(answer)
-            raise
-        answer.say("message", **_dumped(stored))
-        return self._start(answer, conversation.stored)
-
-    def _said(self, answer: Answer, said: Message, name: str | None) -> Stored:
-        """Take the conversation and store what the user says, both in one transaction."""
-        conversation = answer.conversation
-
-        def work(_: Any) -> Stored:
-            self._lease(answer)
-            return conversation.add([said], request=name)[0]
-
-        for left in range(_TRIES, 0, -1):
-            try:
-                stored = self._store.run(work)
-                answer.leased = True
-                return stored
-            except RepeatedError:
-                raise
-            except ConflictError:
-                if left == 1:
-                    raise
-                conversation.reload()
-        raise AssertionError  # pragma: no cover - the last try either returns or raises
+                return self._again(answer, conversation, number, content)
+        with self._taking(answer):
+            said = Message(role="user", content=content)
+            stored = self._begin(answer, said, name or f"user:{answer.token}")
+            _check_same(stored[-1], content)
+            answer.say("message", **_dumped(stored[-1]))
+            answer.history = stored
+            return self._start(answer)
 
     def regenerate(
         self,
@@ -383,21 +353,26 @@ class Answers:
         Raises:
             Problem: 409 while another answer is written there, or if nothing was said yet.
         """
-        name = None if request is None else f"again:{request}"
-        running = self._running.get(conversation.id)
-        if name is not None and running is not None and running.request == name:
-            return running
-        answer = self._take(caller, conversation, model, name, loop)
-        try:
-            self._lease_alone(answer)
-            before, after = _split(conversation.stored)
+        name = None if request is None else f"{_AGAIN}{request}"
+        answer = self._made(caller, conversation, model, name, loop)
+        if name is not None:
+            running = self._joined(conversation.id, name)
+            if running is not None:
+                return running
+            number = self._talks.find(conversation.id, name)
+            if number is not None:
+                stored = conversation.stored
+                new = _until_user([s for s in stored if s.number >= number])
+                if not new or new[0].number != number:
+                    raise _replaced()
+                return self._told(answer, new)
+        with self._taking(answer):
+            before, after = _split(self._begin(answer))
             if not before:
                 raise Problem(409, "Nothing to answer", "the user has said nothing yet")
             answer.replacing = after[0].number if after else None
-        except BaseException:
-            self._give_back(answer)
-            raise
-        return self._start(answer, before)
+            answer.history = before
+            return self._start(answer)
 
     def cancel(self, conversation: str) -> bool:
         """Stop the answer that is written there, in whichever process; whether there was one."""
@@ -407,45 +382,41 @@ class Answers:
             return True
         return self._leases.cancel(conversation)
 
+    def _joined(self, conversation: str, name: str) -> Answer | None:
+        running = self._running.get(conversation)
+        return running if running is not None and running.request == name else None
+
     def _again(
-        self,
-        caller: Any,
-        conversation: Conversation,
-        number: int,
-        name: str | None,
-        *,
-        model: str,
-        loop: asyncio.AbstractEventLoop,
+        self, answer: Answer, conversation: Conversation, number: int, content: Any
     ) -> Answer:
-        """What came of a message that was sent before: the same again; if it broke off, an answer now."""
+        """What came of a message that was sent before: the same again; if it broke off, it goes on now."""
         conversation.reload()
         stored = conversation.stored
         at = next((n for n, s in enumerate(stored) if s.number == number), None)
         if at is None:
-            raise Problem(409, "Replaced", "the message of this Idempotency-Key was replaced since")
-        following = stored[at + 1 :]
-        end = next((n for n, s in enumerate(following) if s.message.role == "user"), None)
-        new = following[:end]
-        if new or end is not None:  # answered; or the talk went on without an answer
-            answer = self._made(caller, conversation, model, name, loop)
+            raise _replaced()
+        _check_same(stored[at], content)
+        new = _until_user(stored[at + 1 :])
+        if at + 1 + len(new) < len(stored) or (new and _is_end(new[-1])):
+            answer.say("message", **_dumped(stored[at]))
+            return self._told(answer, new)
+        with self._taking(answer):
+            if self._begin(answer) != list(stored):  # an answer came meanwhile
+                raise _under_way()
             answer.say("message", **_dumped(stored[at]))
             self._tell_turn(answer, list(new))
             answer.stored = list(new)
-            whole = bool(new) and all(s.status == "ok" for s in new)
-            answer.status = "ok" if whole else "partial" if new else "error"
-            answer.end()
-            return answer
-        answer = self._take(caller, conversation, model, name, loop)
-        try:
-            self._lease_alone(answer)
-        except BaseException:
-            self._give_back(answer)
-            raise
-        if conversation.stored != stored:  # an answer came meanwhile
-            self._give_back(answer)
-            return self._again(caller, conversation, number, name, model=model, loop=loop)
-        answer.say("message", **_dumped(stored[at]))
-        return self._start(answer, stored)
+            answer.history = stored
+            return self._start(answer)
+
+    def _told(self, answer: Answer, new: Sequence[Stored]) -> Answer:
+        """An answer that is there already."""
+        self._tell_turn(answer, list(new))
+        answer.stored = list(new)
+        whole = bool(new) and all(s.status == "ok" for s in new) and _is_end(new[-1])
+        answer.status = "ok" if whole else "partial" if new else "error"
+        answer.end()
+        return answer
 
     def _made(
         self,
@@ -455,70 +426,53 @@ class Answers:
         request: str | None,
         loop: asyncio.AbstractEventLoop,
     ) -> Answer:
-        return Answer(
-            conversation,
-            caller,
-            model,
-            token=self._clock.new_id(),
-            loop=loop,
-            request=request,
-        )
+        token = self._clock.new_id()
+        return Answer(conversation, caller, model, token=token, loop=loop, request=request)
 
-    def _take(self, caller: Any, conversation: Conversation, *how: Any) -> Answer:
-        """An answer that is the only one of its conversation in this process."""
+    @contextmanager
+    def _taking(self, answer: Answer) -> Iterator[None]:
+        """Make it the one answer of its conversation in this process, unless the block fails."""
         if self._stopping.is_set():
             raise Problem(503, "Stopping", "try again in a moment", headers={"retry-after": "2"})
         self._threads.check()
-        self._mend_if_due()
-        answer = self._made(caller, conversation, *how)
         with self._lock:
-            if conversation.id in self._running:
+            if answer.id in self._running:
                 raise _under_way()
-            self._running[conversation.id] = answer
-        return answer
-
-    def _lease(self, answer: Answer) -> None:
-        """Take the conversation from all processes; within a transaction."""
+            self._running[answer.id] = answer
         try:
-            left = self._leases.take(answer.conversation.id, answer.token)
-        except BusyError:
+            yield
+        except BaseException as error:
+            self._give_back(answer)
+            # Others may read along already.
+            if isinstance(error, LLMError):
+                answer.tell(problem_of(error))
+            else:
+                answer.tell(error if isinstance(error, Problem) else _BROKEN)
+            answer.end()
+            raise
+
+    def _begin(self, answer: Answer, said: Message | None = None, name: str = "") -> list[Stored]:
+        """Take the conversation from all processes, and store what the user says."""
+        try:
+            stored = self._talks.begin(answer.id, answer.token, said, name)
+        except (BusyError, RepeatedError):  # another one answers it, or just has
             raise _under_way() from None
-        if left is not None:
-            self._mend(left)
-            answer.conversation.reload()
-
-    def _lease_alone(self, answer: Answer) -> None:
-        """The same, and see what is there."""
-        conversation = answer.conversation
-
-        def work(_: Any) -> None:
-            self._lease(answer)
-            conversation.reload()
-
-        self._store.run(work)
         answer.leased = True
-
-    def _forget(self, answer: Answer) -> None:
-        with self._lock:
-            if self._running.get(answer.conversation.id) is answer:
-                del self._running[answer.conversation.id]
+        return stored
 
     def _give_back(self, answer: Answer) -> None:
         leased, answer.leased = answer.leased, False
         if leased:
             with suppress(LLMError):  # it goes stale by itself
                 self._leases.release(answer.token)
-        self._forget(answer)
+        with self._lock:
+            if self._running.get(answer.id) is answer:
+                del self._running[answer.id]
 
-    def _start(self, answer: Answer, history: Sequence[Stored]) -> Answer:
-        system = answer.conversation.system
-        first = [] if not system else [Message(role="system", content=system)]
-        messages = [*first, *(stored.message for stored in history)]
-        try:
-            self._threads.start(lambda: self._write(answer, messages))
-        except BaseException:
-            self._give_back(answer)
-            raise
+    def _start(self, answer: Answer) -> Answer:
+        first = [Message(role="system", content=answer.system)] if answer.system else []
+        messages = [*first, *(stored.message for stored in answer.history)]
+        self._threads.start(lambda: self._write(answer, messages))
         return answer
 
     def _write(self, answer: Answer, messages: list[Message]) -> None:
@@ -526,8 +480,8 @@ class Answers:
         started = self._clock.now()
         self._metrics.answer_began()
         try:
-            with self._asking(answer.caller, answer.model, answer.conversation.id) as llm:
-                prompt = self._context(answer.conversation.id, answer.model, messages)
+            with self._asking(answer.caller, answer.model, answer.id) as llm:
+                prompt = self._context(answer.id, answer.model, messages)
                 agent = Agent(
                     llm,
                     tools=self._toolbox,
@@ -545,9 +499,7 @@ class Answers:
             self._broken(answer, error)
         except Exception:
             log.exception("an answer failed")
-            answer.status = "error"
-            problem = Problem(500, "Internal error", "tell those who run this service")
-            answer.say("error", **problem.body(None))
+            answer.tell(_BROKEN)
         finally:
             self._give_back(answer)
             self._metrics.answer_ended(answer.status, *total_of(answer.stored))
@@ -575,12 +527,11 @@ class Answers:
         elif event.turn is not None:
             self._turn(answer, event.turn)
         elif event.result is not None and event.result.paused:
-            answer.status = "error"
             names = ", ".join(sorted({waiting.call.name for waiting in event.result.pending}))
             detail = (
                 f"{names}: a person must decide, and cannot here: choose tools that need nobody"
             )
-            answer.say("error", **Problem(422, "A tool waits for a person", detail).body(None))
+            answer.tell(Problem(422, "A tool waits for a person", detail))
 
     def _turn(self, answer: Answer, turn: Turn) -> None:
         response = turn.response
@@ -593,13 +544,33 @@ class Answers:
             Stored(said, usage, cost, model),
             *(Stored(result.message) for result in turn.results),
         ]
-        if turn.results:
-            kept = answer.keep(new, self._store, self._clock)
-        else:  # the end: the conversation is free with the same write
-            release = self._leases.release
-            kept = answer.keep(new, self._store, self._clock, last=lambda: release(answer.token))
+        self._tell_turn(answer, self._keep(answer, new, last=not turn.results))
+
+    def _keep(self, answer: Answer, messages: Sequence[Stored], *, last: bool) -> list[Stored]:
+        """Store messages of an answer, also if the database is away for a while."""
+        end, wait = self._clock.now() + KEEP_TRYING, 0.1
+        while True:
+            try:
+                revision, new = self._talks.keep(
+                    answer.id,
+                    answer.token,
+                    messages,
+                    name=answer.name,
+                    replacing=answer.replacing,
+                    last=last,
+                )
+                break
+            except StoreError as error:
+                waits = error.retriable or error.reason in ("full", "conflict")
+                if not waits or self._clock.now() >= end or self._stopping.is_set():
+                    raise
+                log.warning("an answer waits for the database: %s", error)
+                self._clock.sleep(wait)
+                wait = min(wait * 2, 5.0)
+        if last:
             answer.leased = False
-        self._tell_turn(answer, kept)
+        answer.kept(revision, new)
+        return new
 
     def _tell_turn(self, answer: Answer, new: list[Stored]) -> None:
         if new:
@@ -614,25 +585,23 @@ class Answers:
     def _broken(self, answer: Answer, error: LLMError) -> None:
         """An answer that did not come to its end: what there is of it is stored."""
         stopped = isinstance(error, (AgentCancelledError, LLMCancelledError))
-        lost = isinstance(error, StoreError)
         text, usage = answer.text, _usage_of(error)
-        log_ = log.info if stopped else log.warning
-        log_("an answer ended early: %s", error)
-        answer.status = "partial" if stopped else "error"
-        if not isinstance(error, LLMError) or lost or not (text or usage):
-            text = "" if lost else text
-        if not lost and (text or error.maybe_billed):
+        if isinstance(error, StoreError):  # what could not be stored is not stored in pieces
+            text = ""
+        elif text or error.maybe_billed:
             self._record(answer.caller.owner, answer.model, usage, None, complete=False)
+        log.log(logging.INFO if stopped else logging.WARNING, "an answer ended early: %s", error)
+        answer.status = "partial"
         if text:
             said = Message(role="assistant", content=text)
             partial = Stored(said, usage, None, answer.model, status="partial")
             try:
-                self._tell_turn(answer, answer.keep([partial], self._store, self._clock))
+                self._tell_turn(answer, self._keep(answer, [partial], last=True))
             except LLMError as trouble:
                 log.warning("what came of an answer could not be stored: %s", trouble)
-                answer.status, error, stopped = "error", trouble, False
+                error, stopped = trouble, False
         if not stopped:
-            answer.say("error", **problem_of(error).body(None))
+            answer.tell(problem_of(error))
 
     # Answers whose process is gone
 
@@ -640,17 +609,17 @@ class Answers:
         failing = False
         while True:
             try:
-                self._mend_if_due()
                 # One that has no lease yet has not lost it.
                 running = [a for a in list(self._running.values()) if a.leased]
-                lost = (
-                    self._leases.beat({a.token: a.checkpoint() for a in running})
-                    if running
-                    else set()
-                )
+                texts = {a.token: a.checkpoint().dump() for a in running}
+                lost = self._leases.beat(texts) if running else set()
                 for answer in running:
                     if answer.token in lost:
                         answer.cancel.cancel()
+                # After the beat: this process may have slept, and its own answers would seem abandoned.
+                if self._clock.now() >= self._mend_at:
+                    self._mend_at = self._clock.now() + _MEND_EVERY
+                    self._talks.mend_all(but=texts)
                 self._flush()
                 failing = False
             except Exception as error:  # noqa: BLE001 - the next beat may come through
@@ -660,35 +629,6 @@ class Answers:
             if self._stopping.wait(BEAT):
                 return
 
-    def _mend_if_due(self) -> None:
-        now = self._clock.now()
-        if now < self._mend_at:
-            return
-        self._mend_at = now + _MEND_EVERY
-        for found in self._leases.abandoned():
-            self._mend(found)
-
-    def _mend(self, left: Abandoned) -> None:
-        """Store what the answer of a process that is gone had come to."""
-        saved = json.loads(left.text or "{}")
-        if not saved.get("text"):
-            return
-        said = Message(role="assistant", content=saved["text"])
-        partial = Stored(said, None, None, saved["model"], status="partial")
-        conversations = self._store.conversations
-        try:
-            revision, _ = conversations.load(left.conversation)
-            replacing, name = saved["replacing"], saved["name"]
-            conversations.append(
-                left.conversation, [partial], revision, replacing=replacing, request=name
-            )
-        except RepeatedError:
-            return  # it had been stored, and died before it said so
-        except ConflictError as error:
-            log.warning("what came of an answer could not be stored: %s", error)
-        else:
-            log.warning("an answer of a process that is gone is stored as far as it came")
-
 
 def _split(stored: Sequence[Stored]) -> tuple[Sequence[Stored], Sequence[Stored]]:
     """A conversation up to the last message of the user, and what follows it."""
@@ -696,6 +636,22 @@ def _split(stored: Sequence[Stored]) -> tuple[Sequence[Stored], Sequence[Stored]
         if stored[at - 1].message.role == "user":
             return stored[:at], stored[at:]
     return (), stored
+
+
+def _until_user(stored: Sequence[Stored]) -> Sequence[Stored]:
+    end = next((n for n, s in enumerate(stored) if s.message.role == "user"), None)
+    return stored[:end]
+
+
+def _is_end(stored: Stored) -> bool:
+    """Whether an answer can end with it; a tool's result goes to the model."""
+    return stored.message.role == "assistant" and not stored.message.tool_calls
+
+
+def _check_same(stored: Stored, content: Any) -> None:
+    if stored.message.content != content:
+        detail = "this Idempotency-Key was sent with another message: take a new key for a new one"
+        raise Problem(422, "Used before", detail)
 
 
 def _dumped(stored: Stored) -> dict[str, Any]:
@@ -720,6 +676,10 @@ def _usage_of(error: LLMError) -> TokenUsage | None:
         if isinstance(usage, TokenUsage):
             return usage
     return None
+
+
+def _replaced() -> Problem:
+    return Problem(409, "Replaced", "what this Idempotency-Key stands for was replaced since")
 
 
 def _under_way() -> Problem:

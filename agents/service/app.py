@@ -23,6 +23,7 @@ from agents.service.middleware import Guard
 from agents.service.problems import PROBLEM_JSON, Problem, problem_of
 from agents.service.routes import router
 from agents.service.settings import Settings
+from agents.service.worker import watch
 from LLM import LLM, Clock, LLMError, __version__
 
 log = logging.getLogger("agents.service")
@@ -92,7 +93,7 @@ def from_environment() -> FastAPI:
     """The application of a worker, all from the environment."""
     settings = Settings.load()
     configure(settings)
-    return create_app(settings)
+    return watch(create_app(settings))
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

@@ -305,7 +305,7 @@ def _failure(dialect: ModuleType, error: Exception) -> _Failure:
     if status == 402 and dialect is openai:  # this vendor has no word for it but the code
         status = 429
     # Its own words say enough; a general advice needs to say what for.
-    own = problem.detail == problem.cause
+    own = problem.detail == str(problem.cause)
     message = problem.detail if own else f"{problem.title}: {problem.detail}"
     body = dialect.error(status, message, name=request_id.get(), code=code, param=param)
     return _Failure(status, body, headers)

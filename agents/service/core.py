@@ -28,6 +28,7 @@ from agents.service.metrics import Metrics
 from agents.service.middleware import LOOPBACK
 from agents.service.problems import Problem
 from agents.service.settings import Settings
+from agents.service.talks import Talks
 from agents.store import Store, StoreError
 from agents.tools import Toolbox
 from agents.types import Message, TokenUsage
@@ -57,7 +58,7 @@ NOBODY: Final = "local"
 # trying takes the service's time.
 _FAILURES: Final = 60
 
-_KEPT: Final = 1000  # contexts of conversations, and limiters, that are remembered
+_KEPT: Final = 1000  # contexts of conversations, and strangers, that are remembered
 
 # By which a proxy says that it is one: then the address that is seen is not that of the caller.
 _FORWARDED: Final = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
@@ -114,10 +115,10 @@ class Service:
         self.keys = Keys(self.store, self.clock)
         self.ledger = Ledger(self.store, self.clock)
         self.metrics = Metrics()
-        self.threads = Threads(settings.max_answers)
+        self.threads = Threads(settings.max_answers, self.clock)
         self.leases = Leases(self.store, self.clock)
         self.answers = Answers(
-            self.store,
+            Talks(self.store, self.leases),
             self.leases,
             asking=self.asking,
             record=self.ledger.record,
@@ -131,7 +132,9 @@ class Service:
             clock=self.clock,
         )
         self._contexts: OrderedDict[tuple[str, str], StableContext] = OrderedDict()
+        # Apart, so that many strangers do not make the service forget what a key has used.
         self._limiters: OrderedDict[str, RateLimiter] = OrderedDict()
+        self._strangers: OrderedDict[str, RateLimiter] = OrderedDict()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -181,7 +184,8 @@ class Service:
         )
 
     def _pace(self, name: str, most: int) -> None:
-        limiter = self._remembered(self._limiters, name, lambda: self._limiter(name, most))
+        kept = self._strangers if name.startswith("failures:") else self._limiters
+        limiter = self._remembered(kept, name, lambda: self._limiter(name, most))
         try:
             limiter.acquire(deadline_at=self.clock.now())
         except LLMTimeoutError:
@@ -207,7 +211,7 @@ class Service:
             found = kept.get(name)
             if found is None:
                 found = kept[name] = make()
-                if len(kept) > _KEPT:
+                if len(kept) > _KEPT and kept is not self._limiters:
                     kept.popitem(last=False)
             kept.move_to_end(name)
             return found
@@ -254,7 +258,9 @@ class Service:
         period: Period | None = settings.budget_period
         if key is not None and key.budget_usd is not None:
             usd, period = key.budget_usd, key.budget_period
-        return None if usd is None else self._budget(usd, f"key:{caller.owner}", period)
+        return (
+            None if usd is None else self._budget(usd, f"key:{key.id if key else NOBODY}", period)
+        )
 
     def _budgets(self, caller: Caller, conversation: str | None) -> Iterator[Budget]:
         whole = self.budget_of(caller)

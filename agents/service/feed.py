@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Generic, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger("agents.service")
 
 T = TypeVar("T")
 
 # Seconds without an event after which a comment is sent: proxies end connections that seem idle, most
 # after 60 s.
 KEEP_ALIVE: Final = 15.0
+
+# Seconds that a client may leave what is sent unread.
+SEND_SECONDS: Final = 60.0
+
 _COMMENT: Final = b": keep-alive\n\n"
 
 
@@ -174,6 +182,7 @@ class FeedResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's form
         reader = self._feed.read()
         watching = asyncio.ensure_future(_watch(receive, reader))
+        slow = _SlowReader()
         try:
             await send(
                 {
@@ -184,11 +193,52 @@ class FeedResponse(Response):
             )
             async for batch in reader.batches():
                 body = b"".join(map(self._encode, batch)) or _COMMENT
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                with slow.bounded():
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not slow.cut:
+                raise
+            log.info("a client did not read for %.0f s: cut", SEND_SECONDS)
         finally:
+            slow.close()
             watching.cancel()
             reader.close()
+
+
+class _SlowReader:
+    """Ends the task that made it when a client leaves unread what is sent: its place and memory are freed.
+
+    One timer for the whole response, not one for each event.
+    """
+
+    def __init__(self) -> None:
+        self.cut = False
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._since: float | None = None
+        self._timer = self._loop.call_later(SEND_SECONDS, self._look)
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        self._since = self._loop.time()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def _look(self) -> None:
+        left = SEND_SECONDS
+        if self._since is not None:
+            left -= self._loop.time() - self._since
+        if left <= 0 and self._task is not None:
+            self.cut = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_later(left, self._look)
+
+    def close(self) -> None:
+        self._timer.cancel()
 
 
 async def _watch(receive: Receive, reader: Reader[Any]) -> None:

@@ -177,7 +177,7 @@ class Keys:
         if found is not None:
             raise ConflictError(
                 f"the key {found} has the name or the owner {row['name']!r} already: choose another "
-                "name, or say with owner= whose conversations this one sees"
+                "name, or say with --owner (in Python: owner=) whose conversations this one sees"
             )
 
     def _note_use(self, key: Key) -> None:

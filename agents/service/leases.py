@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -138,19 +138,22 @@ class Leases:
         )
         return set(conversations).intersection(rows)
 
-    def abandoned(self) -> list[Abandoned]:
-        """Take away the leases of holders that are gone; each is returned once, to one caller."""
+    def stale(self, but: Collection[str] = ()) -> list[Abandoned]:
+        """What holders that are gone left behind; `end` takes it away.
 
-        def work(connection: Any) -> list[Abandoned]:
-            # Whoever is at one of them now, takes it away or makes it live.
-            skip = self._lock and f"{self._lock} SKIP LOCKED"
-            sql = f"SELECT conversation, body, token FROM answering WHERE beat <= :stale{skip}"
-            rows = execute(connection, sql, stale=self._stale()).all()
-            for row in rows:
-                execute(connection, "DELETE FROM answering WHERE token = :token", token=row.token)
-            return [Abandoned(*row) for row in rows]
+        Args:
+            but: tokens of holders that are known to live.
+        """
+        sql = "SELECT conversation, body, token FROM answering WHERE beat <= :stale"
+        values = {"stale": self._stale()}
+        rows = self._store.run(lambda c: execute(c, sql, **values).all(), write=False)
+        return [Abandoned(*row) for row in rows if row.token not in but]
 
-        return self._store.run(work)
+    def end(self, left: Abandoned) -> bool:
+        """Take away the lease of a holder that is gone; of many who do so, one gets `True`."""
+        sql = "DELETE FROM answering WHERE token = :token AND beat <= :stale"
+        values = {"token": left.token, "stale": self._stale()}
+        return bool(self._store.run(lambda c: execute(c, sql, **values).rowcount))
 
     @property
     def _lock(self) -> str:

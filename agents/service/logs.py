@@ -1,23 +1,24 @@
 """The service's log: one line for each thing that happens, with the id of the request it belongs to.
 
 What was said is never in it, and neither is a key: an exception is told by where it happened and what it
-is, and its text only if it is of a kind that quotes no data.
+is, and its text only if it is of a kind that quotes no data. A model server's words may quote the request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any, Final, TextIO
 
 from agents.service.settings import Settings
-from LLM import LLMError
+from LLM import LLMAPIError, LLMError, LLMOutputError
 
 # The id of the request that is being answered; a thread of its own needs a copy of the context.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -40,6 +41,8 @@ _TELLING: Final = (
     ImportError,
     RuntimeError,
 )
+# Of these the server of the model, or the model itself, chose the words.
+_WORDED: Final = (LLMAPIError, LLMOutputError)
 # What a request's line says in words already.
 _IN_THE_MESSAGE: Final = frozenset({"method", "route", "status"})
 _MOST: Final = 10_000  # characters of one value: a line stays one that a collector takes
@@ -57,6 +60,7 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
     """
     handler = _Handler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.addFilter(_is_news)
     root, level = logging.getLogger(), settings.log_level.upper()
     for old in [old for old in root.handlers if isinstance(old, _Handler)]:
         root.removeHandler(old)
@@ -82,7 +86,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _safe(record.getMessage()),
+            "message": _message(record),
             "request_id": request_id.get(),
         }
         line.update((name, _plain(value)) for name, value in _extras(record) if name not in line)
@@ -96,7 +100,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and more only for an exception."""
-        message = _safe(record.getMessage())
+        message = _message(record)
         extras = "".join(
             f" {name}={_plain(value)}"
             for name, value in _extras(record)
@@ -120,9 +124,42 @@ def told(error: BaseException) -> str:
     parts: list[str] = []
     for each, link in _chain(error):
         frames = "".join(traceback.format_tb(each.__traceback__)).rstrip()
-        text = f": {each}" if isinstance(each, _TELLING) else ""
-        parts.append("\n".join(filter(None, (link, frames, type(each).__qualname__ + text))))
+        text = _words(each)
+        what = type(each).__qualname__ + (f": {text}" if text else "")
+        parts.append("\n".join(filter(None, (link, frames, what))))
     return "\n".join(parts)
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says, without what it may quote; empty: nothing that could be told."""
+    if not isinstance(error, _TELLING):
+        return ""
+    text = str(error)
+    for each, _ in _chain(error):
+        if isinstance(each, _WORDED) and (each is error or str(each) in text):
+            status = getattr(each, "status_code", None)
+            place = each.provider or "the model"
+            return f"{place} answered {status or 'with an error'}; its words are not logged"
+    return text
+
+
+def _message(record: logging.LogRecord) -> str:
+    """What is logged, with exceptions among the arguments as they are told."""
+    args: Any = record.args
+    if isinstance(args, Mapping):
+        args = {name: _shown(value) for name, value in args.items()}
+    elif args:
+        args = tuple(map(_shown, args))
+    text = str(_shown(record.msg))
+    return _safe(text % args if args else text)
+
+
+def _shown(value: Any) -> Any:
+    if not isinstance(value, BaseException):
+        return value
+    text = _words(value)
+    # The kind first, where nothing else would tell it.
+    return text if text == str(value) else ": ".join(filter(None, (type(value).__qualname__, text)))
 
 
 def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
@@ -150,6 +187,11 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 
     """Known by its class, so that it can be replaced."""
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the traceback of a request that a stop cut, as uvicorn has said before."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def _extras(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
     return (
         (name, value)
@@ -160,7 +202,7 @@ def _extras(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """A value that JSON has."""
-    return value if isinstance(value, (bool, int, float)) else _safe(str(value))
+    return value if isinstance(value, (bool, int, float)) else _safe(str(_shown(value)))
 
 
 def _safe(text: str) -> str:

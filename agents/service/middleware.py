@@ -158,12 +158,14 @@ class _Body:
         self._most = most
         self._got = 0
         self._whole = False
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def __call__(self) -> Message:
         if self._whole:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+            left = self._until - asyncio.get_running_loop().time()
+            message = await asyncio.wait_for(self._receive(), left)
         except asyncio.TimeoutError:
             detail = f"the body did not come within {BODY_SECONDS:.0f} s"
             raise Problem(408, "Too slow", detail) from None

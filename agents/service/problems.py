@@ -22,6 +22,7 @@ from LLM import (
     LLMNotFoundError,
     LLMQuotaError,
     LLMRateLimitError,
+    LLMServerError,
     LLMTimeoutError,
 )
 
@@ -36,7 +37,7 @@ class Problem(HTTPException):
         title: what kind of problem it is, the same each time.
         detail: what is wrong this time, and what to do; safe to show to any caller.
         headers: to send along.
-        cause: what only the service's own people may see; it goes into the log.
+        cause: what only the service's own people may see; it goes into the log, as `logs` tells errors.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Problem(HTTPException):
         detail: str = "",
         *,
         headers: Mapping[str, str] | None = None,
-        cause: str | None = None,
+        cause: Exception | None = None,
     ) -> None:
         super().__init__(status, detail, dict(headers or {}))
         self.title = title
@@ -97,8 +98,14 @@ _TABLE: Final = (
     _Row(LLMInvalidRequestError, 422, "The model server refuses the request", None),
     _Row(AgentCancelledError, 409, "Cancelled", "the answer was stopped"),
     _Row(LLMCancelledError, 409, "Cancelled", "the answer was stopped"),
-    _Row(LLMTimeoutError, 504, "The model did not answer in time", "try again"),
-    _Row(LLMConnectionError, 502, "The model could not be reached, or broke off", "try again"),
+    _Row(LLMTimeoutError, 504, "The model did not answer in time", "try again, or ask for less"),
+    _Row(
+        LLMConnectionError,
+        502,
+        "The model could not be reached, or broke off",
+        "what was said is stored: try again",
+    ),
+    _Row(LLMServerError, 502, "The model server failed", "the fault is there: try again"),
     _Row(ConflictError, 409, "Changed by another writer", "load the conversation again"),
     _Row(LLMConfigError, 400, "Cannot be used", None),
 )
@@ -106,19 +113,20 @@ _TABLE: Final = (
 
 def problem_of(error: LLMError) -> Problem:
     """The problem that an error comes to."""
-    cause = str(error)
+    words = str(error)
     wait = error.suggested_wait
     headers = {} if wait is None else {"retry-after": str(max(1, round(wait)))}
     if isinstance(error, AgentLimitError):
         status = 402 if error.limit == "cost" else 422
-        return Problem(status, "A limit was reached", cause, headers=headers, cause=cause)
+        return Problem(status, "A limit was reached", words, headers=headers, cause=error)
     if isinstance(error, StoreError) and not isinstance(error, ConflictError):
         if error.reason == "missing":
-            return Problem(404, "Not found", "there is no such conversation", cause=cause)
+            return Problem(404, "Not found", "there is no such conversation", cause=error)
         headers = {"retry-after": "2"} if error.retriable else {}
         detail = "nothing was lost: try again in a moment" if error.retriable else _OPERATOR
-        return Problem(503, "The database cannot be used", detail, headers=headers, cause=cause)
+        return Problem(503, "The database cannot be used", detail, headers=headers, cause=error)
     for row in _TABLE:
         if isinstance(error, row.kind):
-            return Problem(row.status, row.title, row.detail or cause, headers=headers, cause=cause)
-    return Problem(502, "The model could not answer", "try again", headers=headers, cause=cause)
+            return Problem(row.status, row.title, row.detail or words, headers=headers, cause=error)
+    detail = "its answer could not be understood: try again"
+    return Problem(502, "The model could not answer", detail, headers=headers, cause=error)

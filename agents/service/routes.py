@@ -7,7 +7,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Final, Literal
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from agents.conversation import Conversation
@@ -42,6 +43,7 @@ from agents.service.views import (
     UsageView,
     conversation_view,
     money,
+    readable,
 )
 from agents.store import ConflictError, Summary
 from LLM import LLMConfigError, __version__
@@ -88,16 +90,31 @@ _bearer: Final = HTTPBearer(
 )
 
 
-def _authenticated(request: Request, _: Annotated[Any, Depends(_bearer)]) -> Caller:
-    # Before the rest of the request is looked at: a stranger is told nothing of what is wrong with it.
-    return _service(request).authenticate(request)
+class _Door(APIRoute):
+    """Looks at the key before anything else is read: a stranger's body is not even parsed."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            service = _service(request)
+            request.state.caller = await run_in_threadpool(service.authenticate, request)
+            return await handle(request)
+
+        return handled
 
 
-Asking = Annotated[Caller, Depends(_authenticated)]
+async def _caller(request: Request, _: Annotated[Any, Depends(_bearer)]) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+Asking = Annotated[Caller, Depends(_caller)]
 
 router = APIRouter(
     responses={**_PROBLEMS, 400: {"model": ProblemView, "description": "Malformed"}},
-    dependencies=[Depends(_authenticated)],
+    dependencies=[Depends(_caller)],  # so that the documentation says that a key is needed
+    route_class=_Door,
 )
 
 Id = Annotated[str, Path(max_length=100, description="Of a conversation.")]
@@ -137,7 +154,7 @@ def create(
         if found is None or found.owner != caller.owner:
             raise
         made = found
-    return conversation_view(made, stored=[])
+    return conversation_view(made, stored=[], cost=Decimal(0))
 
 
 def _named(caller: Caller, key: str | None) -> str | None:
@@ -191,10 +208,12 @@ def show(request: Request, caller: Asking, id: Id) -> ConversationView:  # noqa:
 
 def _shown(service: Service, conversation: Conversation) -> ConversationView:
     running = service.leases.running([conversation.id])
+    costs = service.store.conversations.costs([conversation.id])
     return conversation_view(
         conversation.summary,
         answering=bool(running),
         stored=conversation.stored,
+        cost=costs[conversation.id],
     )
 
 
@@ -339,14 +358,24 @@ def usage(
             DayView(
                 day=str(row.day),
                 model=row.model,
-                cost=money(row.cost) or "0",
+                cost=_known(row.cost, row.calls, row.unpriced),
                 **{name: getattr(row, name) for name in counts},
             )
             for row in rows
         ],
-        total=TotalView(cost=money(sum((row.cost for row in rows), Decimal(0))) or "0", **total),
+        total=TotalView(
+            cost=_known(
+                sum((row.cost for row in rows), Decimal(0)), total["calls"], total["unpriced"]
+            ),
+            **total,
+        ),
         budget=_budget(service, caller),
     )
+
+
+def _known(cost: Decimal, calls: int, unpriced: int) -> str | None:
+    """Dollars; `None` if nothing is known of them."""
+    return None if calls and calls == unpriced else money(cost)
 
 
 def _budget(service: Service, caller: Caller) -> BudgetView | None:
@@ -423,7 +452,7 @@ def _read_cursor(cursor: str) -> Summary:
     try:
         moment, name = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         updated = datetime.fromisoformat(moment)
-        if not isinstance(name, str) or updated.tzinfo is None:
+        if not isinstance(name, str) or readable(name) != name or updated.tzinfo is None:
             raise ValueError
     except (ValueError, TypeError, binascii.Error):
         raise Problem(422, "Malformed request", "cursor is not one of a page's `next`") from None

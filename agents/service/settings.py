@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
@@ -182,12 +182,13 @@ class Settings(BaseSettings):
         "service behind a proxy.",
     )
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, _file: tuple[Path, Collection[str]] | None = None, **given: Any) -> None:
+        # _file: the one that was read, and the names of the settings that come from it.
         problem = ""
         try:
             super().__init__(**given)
         except ValidationError as error:
-            problem = _explain(error)
+            problem = _explain(error, *(_file or ()))
         # Raised out here: pydantic's own error holds the input, and with it passwords.
         if problem:
             given.clear()  # a traceback may show them
@@ -206,8 +207,10 @@ class Settings(BaseSettings):
         """
         environment = _Environment(cls)
         file = config or environment.env_vars.get(CONFIG_VARIABLE.lower())
-        from_file = _read(Path(file)) if file else {}
-        return cls(**{**from_file, **environment(), **overrides})
+        if not file:
+            return cls(**{**environment(), **overrides})
+        from_file, above = _read(Path(file)), {**environment(), **overrides}
+        return cls((Path(file), from_file.keys() - above.keys()), **{**from_file, **above})
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]  # called by name
@@ -364,18 +367,20 @@ def _hint(name: str) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, file: Path | None = None, its: Collection[str] = ()) -> str:
     findings = []
     for found in error.errors(include_url=False, include_context=False, include_input=False):
         reason = found["msg"].removeprefix("Value error, ")
-        if not found["loc"]:
-            findings.append(reason)
+        if not found["loc"]:  # of several settings, which their text names
+            used = [name for name in its if re.search(rf"\b{name} \(", reason)]
+            findings.append(reason + (f" ({file} gives {', '.join(sorted(used))})" if used else ""))
             continue
         name = str(found["loc"][0])
         if found["type"] == "extra_forbidden":
             findings.append(f"there is no setting {name!r}{_hint(name)}")
         else:
-            findings.append(f"{_named(name)}: {reason[:1].lower()}{reason[1:]}")
+            named = f"{name} (in {file})" if name in its else _named(name)
+            findings.append(f"{named}: {reason[:1].lower()}{reason[1:]}")
     return "; ".join(findings)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
+from math import isfinite
 from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,6 +14,7 @@ from agents.store import Stored, Summary
 from agents.types import TokenUsage
 
 MAX_TITLE: Final = 200  # characters
+_DEEPEST: Final = 50  # levels of what is nested in a content part
 
 _EXAMPLE_MESSAGE: Final[dict[str, Any]] = {
     "number": 2,
@@ -38,10 +40,28 @@ class Body(View):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-def _whole_characters(value: Any) -> Any:
+def _checked(value: Any) -> Any:
+    """Refuse what could be stored and never be shown again."""
+    _check_depth(value, _DEEPEST)
     if readable(value) != value:
         raise ValueError("holds half a character (a lone surrogate): send whole ones")
     return value
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if not left:
+        raise ValueError(f"is nested more than {_DEEPEST} deep")
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError("holds a number that is too large, or none")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _check_depth(item, left - 1)
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty: say something")
+    return _checked(value)
 
 
 def readable(value: Any) -> Any:
@@ -55,7 +75,7 @@ def readable(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_whole_characters)]
+Text = Annotated[str, AfterValidator(_checked)]
 
 
 class NewConversation(Body):
@@ -83,7 +103,7 @@ class NewMessage(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"content": "What is 12 x 12?"}]})
 
-    content: Annotated[str | list[dict[str, Any]], AfterValidator(_whole_characters)] = Field(
+    content: Annotated[str | list[dict[str, Any]], AfterValidator(_said)] = Field(
         description="Text, or a list of parts in OpenAI's form.", min_length=1
     )
     model: str | None = Field(None, description="One of `GET /models`. None: the default.")
@@ -153,7 +173,9 @@ class ConversationView(View):
     usage: Usage | None = Field(
         None, description="Of all answers; null: unknown, or not asked for."
     )
-    cost: str | None = Field(None, description="US dollars of all answers; null: unknown.")
+    cost: str | None = Field(
+        None, description="US dollars of all answers, also of replaced ones; null: unknown."
+    )
     snippet: str | None = Field(None, description="Of a search: the text around what was found.")
     messages: list[MessageView] | None = Field(None, description="Null in lists.")
 
@@ -208,7 +230,7 @@ class DayView(View):
     calls: int
     prompt_tokens: int
     completion_tokens: int
-    cost: str = Field(description="US dollars, as far as prices are known.")
+    cost: str | None = Field(description="US dollars, as far as prices are known; null: none is.")
     unpriced: int = Field(description="Calls without a known price.")
     interrupted: int = Field(description="Calls whose answer was cut.")
 
@@ -219,7 +241,7 @@ class TotalView(View):
     calls: int
     prompt_tokens: int
     completion_tokens: int
-    cost: str
+    cost: str | None
     unpriced: int
     interrupted: int
 
@@ -330,9 +352,7 @@ def conversation_view(
     cost: Decimal | None = None,
 ) -> ConversationView:
     """A conversation as the API shows it; with messages, if they are given."""
-    usage = None
-    if stored is not None:
-        usage, cost = total_of(stored)
+    usage = None if stored is None else total_of(stored)[0]
     return ConversationView(
         id=summary.id,
         title=summary.title,

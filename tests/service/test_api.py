@@ -160,7 +160,8 @@ def test_a_branch_is_made_once_for_one_idempotency_key(chat):
     headers = {"idempotency-key": "b"}
     path = f"/conversations/{name}/branch"
     made = [chat.ask("POST", path, json={"at": 2}, headers=headers).json() for _ in range(2)]
-    assert made[0]["id"] == made[1]["id"] and len(made[1]["messages"]) == 2
+    assert made[0]["id"] == made[1]["id"]
+    assert len(made[1]["messages"]) == 2
     assert len(chat.ask("GET", "/conversations").json()["data"]) == 2
     other = chat.new()
     again = chat.ask("POST", f"/conversations/{other}/branch", json={"at": 0}, headers=headers)

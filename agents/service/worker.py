@@ -1,0 +1,59 @@
+"""The end of a process that serves: its answers end in time, and a worker ends with its parent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from multiprocessing import Pipe, parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from fastapi import FastAPI
+
+log = logging.getLogger("agents.service")
+
+
+def watch(app: FastAPI) -> FastAPI:
+    """Look after the end of the process that an application is served in.
+
+    Told to stop, the answers under way have `grace` seconds; then they are cancelled, so that what they
+    have is stored and their last event goes out, before the server cuts its connections. A worker whose
+    parent is gone tells itself to stop.
+
+    Called in the main thread, when the server has set its handlers of signals; elsewhere it does nothing.
+
+    Returns:
+        The same application.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return app
+    told, teller = Pipe(duplex=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _telling(teller, signal.getsignal(number)))
+    threading.Thread(target=_end, args=(app.state.service, told), name="end", daemon=True).start()
+    return app
+
+
+def _telling(teller: Connection, before: Any) -> Any:
+    """A handler that tells the waiting thread, and does what was done before."""
+
+    def handle(number: int, frame: Any) -> None:
+        teller.send_bytes(
+            b"stop"
+        )  # a lock, as that of an event, could be held by what was interrupted
+        if callable(before):
+            before(number, frame)
+
+    return handle
+
+
+def _end(service: Any, told: Connection) -> None:
+    parent = parent_process()
+    if told not in wait([told] if parent is None else [told, parent.sentinel]):
+        log.warning("the process that began this worker is gone, so the worker ends")
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(service.settings.grace)
+    service.answers.cancel_all()
