@@ -371,3 +371,23 @@ def test_an_answer_that_is_under_way_is_marked_and_can_be_cancelled(serve, held)
     assert (last["content"], last["status"]) == ("Once upon", "partial")
     until(lambda: not chat.ask("GET", f"/conversations/{name}").json()["answering"])
     assert chat.ask("POST", f"/conversations/{name}/cancel").json() == {"cancelled": False}
+
+
+def test_calls_of_the_model_are_spans_of_opentelemetry(serve, monkeypatch):
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from agents.service import core
+    from LLM import otel
+
+    exporter = InMemorySpanExporter()
+    tracers = TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    # The global provider can be set once in a process, which other tests share.
+    monkeypatch.setattr(core, "otel", lambda: otel(tracer_provider=tracers))
+    chat = serve(otel=True)
+    chat.say(chat.new(), "Hello")
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "chat gpt-4"
+    assert span.attributes["gen_ai.usage.output_tokens"] > 0
