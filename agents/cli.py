@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import webbrowser
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from decimal import Decimal, InvalidOperation
@@ -29,7 +30,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
-from LLM import LLM, LLMConfigError, LLMError, __version__
+from LLM import (
+    LLM,
+    LLMAuthenticationError,
+    LLMConfigError,
+    LLMConnectionError,
+    LLMError,
+    LLMTimeoutError,
+    __version__,
+)
+
+log = logging.getLogger("agents.service")
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes; 130 is a shell's own for Ctrl-C
 
@@ -142,7 +153,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     create.add_argument("--period", choices=("day", "month"), help="of the budget (day)")
     create.add_argument(
-        "--requests-per-minute", type=int, metavar="N", help="requests it may make in a minute"
+        "--requests-per-minute",
+        type=_whole,
+        dest="pace",  # not the setting of this name
+        metavar="N",
+        help="requests it may make in a minute",
     )
     _add_place(create)
     listing = _command(actions, "list", _list_keys, "show the keys, as far as they are kept")
@@ -238,6 +253,13 @@ def _port(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
 
 
+def _whole(text: str) -> int:
+    with suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+
+
 def _dollars(text: str) -> Decimal:
     with suppress(InvalidOperation):
         amount = Decimal(text)
@@ -261,11 +283,23 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 @contextmanager
-def _opened(settings: Any) -> Iterator[Any]:
+def _opened(settings: Any, *, make: bool = True) -> Iterator[Any]:
+    """The database; `make`: a SQLite file that is not there is made, else that is a failure."""
     from agents.store import Store
 
+    if not make and _is_missing(settings):
+        raise Failure(
+            f"there is no database {settings.shown()['database']} yet: name another with --database; "
+            "`serve` and `keys create` make one"
+        )
     with Store.open(settings.database) as store:
         yield store
+
+
+def _is_missing(settings: Any) -> bool:
+    """Whether the database is a SQLite file that is not there yet."""
+    file = settings.database.removeprefix("sqlite:///")
+    return settings.is_sqlite and file != settings.database and not Path(file).exists()
 
 
 # serve
@@ -274,6 +308,9 @@ def _opened(settings: Any) -> Iterator[Any]:
 _PRETENDED_PRICE: Final = ("0.15", "0.60")
 # Seconds between two of its tokens: fast, and seen to stream.
 _READING_PACE: Final = 0.02
+_LOOK_SECONDS: Final = 1.0  # in which the server of the model should answer
+# What the server waits beyond `grace`: answers that are cancelled then tell their end.
+_LAST_WORDS: Final = 2.0
 _STARTUP_FAILURE: Final = 3  # uvicorn's exit code of a process whose application did not start
 _STAND_IN_SECONDS: Final = 5.0  # in which it must have ended
 
@@ -292,16 +329,24 @@ def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if not all(map(find_spec, ("fastapi", "uvicorn", "prometheus_client"))):
         raise LLMConfigError(_EXTRA)
+    from agents.service import logs
+
     with ExitStack() as stack:
         keys = _check_access(settings)
         listening = stack.enter_context(_listening(settings))
         if settings.local:
             settings = stack.enter_context(_stand_in(settings))
-        config = settings.llm_config()
+        with LLM(settings.llm_config()) as client:
+            model, place = _asked(client)
+        logs.configure(settings)
+        for name in _unknown_variables(settings):
+            log.warning(
+                "the variable %s is no setting, and is not read%s", name, _meant(name, settings)
+            )
         address = _address(settings.host, listening.getsockname()[1])
         lines = [
             f"chat at {address}  (Ctrl-C stops)",
-            f"  model     {config.model}{_about_model(settings)}",
+            f"  model     {model}{_about_model(settings) if settings.local else f' at {place}'}",
             f"  database  {settings.shown()['database']}",
             f"  keys      {'needed' if keys else 'none yet: whoever is on this machine may use it'}",
         ]
@@ -310,6 +355,8 @@ def _serve(args: argparse.Namespace) -> int:
             print("\n".join(map(_clean, lines)), flush=True)
             if args.open:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            if not settings.local:
+                threading.Thread(target=_try_model, args=(settings,), daemon=True).start()
 
         if settings.workers > 1:
             return _run_workers(settings, listening, announce, stack)
@@ -393,9 +440,36 @@ def _stand_in(settings: Any) -> Iterator[Any]:
             process.wait()
 
 
+def _asked(client: LLM) -> tuple[str, str]:
+    """The model that a client asks, as its host names it, and where that is: its repr tells both."""
+    found = re.fullmatch(r"LLM\(model=(.+), base_url=(.+)\)", repr(client))
+    assert found is not None  # noqa: S101 - so it is documented
+    return str(literal_eval(found[1])), str(literal_eval(found[2]))
+
+
+def _try_model(settings: Any) -> None:
+    """Warn if nobody answers where the model should be; the service goes on, for that may change."""
+    thread = threading.get_ident()
+    # What fails here is told here, once.
+    library, quiet = logging.getLogger("LLM"), lambda record: record.thread != thread
+    library.addFilter(quiet)
+    try:
+        with LLM(settings.llm_config().replace(max_retries=0)) as client:
+            _, place = _asked(client)
+            client.list_models(timeout=_LOOK_SECONDS, deadline=_LOOK_SECONDS)
+    except LLMTimeoutError:
+        log.warning("the model server %s did not answer within %g s", place, _LOOK_SECONDS)
+    except LLMConnectionError as error:
+        log.warning("the model server cannot be asked: %s", error)
+    except LLMAuthenticationError:
+        log.warning("the model server %s refuses the key, or wants one", place)
+    except LLMError as error:  # it is there; not each has a list
+        log.debug("the model server gives no list of its models: %s", error)
+    finally:
+        library.removeFilter(quiet)
+
+
 def _about_model(settings: Any) -> str:
-    if not settings.local:
-        return f" at {settings.base_url}" if settings.base_url else ""
     price = settings.price()
     return (
         "  (a stand-in that follows fixed rules; its price is pretended: "
@@ -417,17 +491,17 @@ def _options(settings: Any) -> dict[str, Any]:
         "server_header": False,
         "ws": "none",
         "lifespan": "on",
-        "timeout_graceful_shutdown": settings.grace,
+        "timeout_graceful_shutdown": settings.grace + _LAST_WORDS,
     }
 
 
 def _run_server(settings: Any, listening: socket.socket, announce: Callable[[], None]) -> int:
     import uvicorn
 
-    from agents.service import logs
     from agents.service.app import create_app
+    from agents.service.worker import watch
 
-    logs.configure(settings)
+    app = create_app(settings)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -440,7 +514,8 @@ def _run_server(settings: Any, listening: socket.socket, announce: Callable[[], 
                 os._exit(INTERRUPTED)
             super().handle_exit(sig, frame)
 
-    server = Server(uvicorn.Config(create_app(settings), **_options(settings)))
+    # A factory, for it is called when the server has set its handlers of signals.
+    server = Server(uvicorn.Config(lambda: watch(app), factory=True, **_options(settings)))
 
     def interrupt(*_: object) -> None:
         if not server.should_exit:  # before uvicorn listens to signals; after it, it repeats them
@@ -461,10 +536,8 @@ def _run_workers(
     from uvicorn import Config, Server
     from uvicorn.supervisors import Multiprocess
 
-    from agents.service import logs
     from agents.service.app import create_app
 
-    logs.configure(settings)
     # What a worker cannot start with is found here: uvicorn would begin it again for ever.
     create_app(settings).state.service.close()
     os.environ.update(settings.environment())
@@ -488,15 +561,18 @@ def _run_workers(
 
 
 def _create_key(args: argparse.Namespace) -> int:
+    from agents.service.core import NOBODY
     from agents.service.keys import Keys
 
-    given = {name: getattr(args, name, None) for name in ("owner", "requests_per_minute")}
     with _opened(_settings(args)) as store:
-        key, secret = Keys(store).create(
+        keys = Keys(store)
+        left_behind = not keys.any() and bool(store.conversations.list(NOBODY, limit=1))
+        key, secret = keys.create(
             args.name,
+            owner=getattr(args, "owner", None),
             budget_usd=getattr(args, "budget", None),
             budget_period=getattr(args, "period", "day"),
-            **given,
+            requests_per_minute=getattr(args, "pace", None),
         )
     print(secret, flush=True)
     print(
@@ -504,13 +580,19 @@ def _create_key(args: argparse.Namespace) -> int:
         "It goes into the page when it asks, and into the header `Authorization: Bearer …`.",
         file=sys.stderr,
     )
+    if left_behind and key.owner != NOBODY:
+        print(
+            f"The conversations held so far, without a key, belong to {NOBODY!r}: "
+            f"a key made with `--owner {NOBODY}` sees them.",
+            file=sys.stderr,
+        )
     return OK
 
 
 def _list_keys(args: argparse.Namespace) -> int:
     from agents.service.keys import Keys
 
-    with _opened(_settings(args)) as store:
+    with _opened(_settings(args), make=False) as store:
         keys = Keys(store).list()
     if args.json:
         print(json.dumps([_key(key) for key in keys], ensure_ascii=False, indent=2))
@@ -554,7 +636,7 @@ def _row(key: Any) -> tuple[str, ...]:
 def _revoke_key(args: argparse.Namespace) -> int:
     from agents.service.keys import Keys
 
-    with _opened(_settings(args)) as store:
+    with _opened(_settings(args), make=False) as store:
         key = Keys(store).revoke(args.key)
     print(f"The key {key.name!r} ({key.id}) is revoked.", file=sys.stderr)
     return OK
@@ -588,6 +670,7 @@ class _Finding(NamedTuple):
     well: bool
     what: str
     facts: Mapping[str, Any] = {}
+    wrong: str = "WRONG"  # the word for it, if it is not well
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -635,12 +718,15 @@ def _unknown_variables(settings: Any) -> list[str]:
     )
 
 
+def _meant(name: str, settings: Any) -> str:
+    near = get_close_matches(name.upper(), settings.environment(), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _examine_database(settings: Any) -> dict[str, _Finding]:
     """The database, and the keys in it."""
     where = settings.shown()["database"]
-    file = settings.database.removeprefix("sqlite:///")
-    if settings.is_sqlite and file != settings.database and not Path(file).exists():
-        # To look must not make one.
+    if _is_missing(settings):  # to look must not make one
         return {
             "database": _Finding(True, f"{where} is not there yet: the first start makes it"),
             "keys": _Finding(_is_loopback(settings.host), _about_keys(0, settings)),
@@ -685,19 +771,22 @@ def _examine_model(settings: Any) -> _Finding:
     logging.getLogger("LLM").addHandler(logging.NullHandler())  # what failed is told below
     try:
         config = settings.llm_config()
-        facts = {"model": config.model}
+        facts: dict[str, Any] = {"model": config.model}
         with LLM(config.replace(max_retries=0, timeout=_PROBE_SECONDS)) as client:
+            asked, place = _asked(client)
             there = [model.id for model in client.list_models()]
     except LLMConfigError as error:
         return _Finding(False, str(error))
     except LLMError as error:
         return _Finding(False, f"{config.model}: {error}", facts)
     listed = "1 model" if len(there) == 1 else f"{len(there)} models"
-    # Not wrong: many servers take names that they do not list.
-    unlisted = "" if config.model in there else ", this one not among them"
-    return _Finding(
-        True, f"{config.model}: its server lists {listed}{unlisted}", {**facts, "models": there}
-    )
+    told, facts = f"{config.model}: {place} lists {listed}", {**facts, "models": there}
+    if {asked, f"{asked}:latest"} & {*there}:  # as Ollama lists what has no tag
+        return _Finding(True, told, facts)
+    # A server may take names that it does not list.
+    near = get_close_matches(asked, there, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return _Finding(False, f"{told}, this one not among them{hint}", facts, wrong="unsure")
 
 
 def _show(report: Mapping[str, Any], findings: Mapping[str, _Finding]) -> None:
@@ -715,7 +804,7 @@ def _show(report: Mapping[str, Any], findings: Mapping[str, _Finding]) -> None:
     _print_table(list(found))
     print("\nState")
     _print_table(
-        [(f"  {name}", "ok" if at.well else "WRONG", at.what) for name, at in findings.items()]
+        [(f"  {name}", "ok" if at.well else at.wrong, at.what) for name, at in findings.items()]
     )
     for name in report["unknown_variables"]:
         print(f"\nThe variable {name} is no setting; it is not read.")

@@ -10,9 +10,10 @@ from contextlib import aclosing
 from types import ModuleType
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.requests import ClientDisconnect
 
 from agents.agent import Cancel
@@ -61,11 +62,57 @@ def _documented(summary: str, example: dict[str, Any]) -> dict[str, Any]:
     return {"summary": summary, "requestBody": {"required": True, "content": content}}
 
 
-router = APIRouter(prefix="/v1", tags=["compatible"])
+_FORM: Final = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "properties": {"error": {"type": "object"}},
+            "required": ["error"],
+        }
+    }
+}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Errors of these statuses, for the documentation."""
+    return {
+        status: {"description": f"{_REFUSALS[status]}; in the vendor's form", "content": _FORM}
+        for status in statuses
+    }
+
+
+_REFUSALS: Final = {
+    400: "The request cannot be used, or the model server refuses it",
+    401: "No key, or an unknown one",
+    402: "The budget does not allow it, nothing was asked (Anthropic's form)",
+    404: "No such model",
+    413: "The body is too long (as problem details, if `Content-Length` says so)",
+    429: "Too many requests: `Retry-After` says when; in OpenAI's form also a budget that is used up, "
+    "`insufficient_quota`",
+    502: "The model server fails",
+    503: "Too busy, or the database is away: `Retry-After` says when",
+    504: "The model server is too slow",
+}
+_ANSWER: Final = _refusals(400, 404, 413, 502, 504)
+
+
+# Either header will do. What is in them is looked at by the service; here they are documented.
+_CREDENTIALS: Final = [
+    Depends(HTTPBearer(auto_error=False, description="`python -m agents keys create` makes one")),
+    Depends(APIKeyHeader(name="x-api-key", auto_error=False, description="The same key")),
+]
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["compatible"],
+    dependencies=_CREDENTIALS,
+    responses=_refusals(401, 429, 503),
+)
 
 
 @router.post(
     "/chat/completions",
+    responses=_ANSWER,
     openapi_extra=_documented(
         "Create chat completion (OpenAI's form)", {"model": "gpt-4o", **_QUESTION}
     ),
@@ -77,6 +124,7 @@ async def chat_completions(request: Request) -> Response:
 
 @router.post(
     "/messages",
+    responses={**_ANSWER, **_refusals(402)},
     openapi_extra=_documented(
         "Create a Message (Anthropic's form)",
         {"model": "claude-sonnet-4-5", "max_tokens": 1024, **_QUESTION},
@@ -89,6 +137,7 @@ async def messages(request: Request) -> Response:
 
 @router.post(
     "/messages/count_tokens",
+    responses=_refusals(400, 413),
     openapi_extra=_documented(
         "Count the tokens of a Message (Anthropic's form)",
         {"model": "claude-sonnet-4-5", **_QUESTION},
@@ -121,7 +170,7 @@ def models(request: Request) -> Response:
         return _failed(dialect, error)
 
 
-@router.get("/models/{name:path}")
+@router.get("/models/{name:path}", responses=_refusals(404))
 def model(request: Request, name: str) -> Response:
     """One of them."""
     dialect = _dialect_of(request)

@@ -135,10 +135,18 @@ class Service:
         # Apart, so that many strangers do not make the service forget what a key has used.
         self._limiters: OrderedDict[str, RateLimiter] = OrderedDict()
         self._strangers: OrderedDict[str, RateLimiter] = OrderedDict()
+        self._cancels: set[Cancel] = set()
         self._lock = threading.Lock()
+
+    def cancel_all(self) -> None:
+        """Tell all answers under way to end, also those of the vendors' APIs."""
+        self.answers.cancel_all()
+        for cancel in list(self._cancels):
+            cancel.cancel()
 
     def close(self) -> None:
         """End the answers under way, marked as partial, and close what was opened."""
+        self.cancel_all()
         self.answers.stop()
         self.ledger.flush()
         self._own.close()
@@ -347,11 +355,13 @@ class Service:
                 feed.finish()
 
         reader = feed.read()
+        self._cancels.add(cancel)
         try:
             self.threads.start(run)
             async for item in reader:
                 yield item
         finally:
+            self._cancels.discard(cancel)
             reader.close()
         if trouble:
             raise trouble[0]

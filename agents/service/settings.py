@@ -116,8 +116,8 @@ class Settings(BaseSettings):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="US dollars that a key without a budget of its own may spend in a `budget_period`. "
-        "None: no limit.",
+        description="US dollars that a key without a budget of its own may spend in a `budget_period`; "
+        "whoever needs no key counts as one of them. None: no limit.",
     )
     budget_period: Literal["day", "month"] = Field(
         default="day", description="`day` or `month`, in UTC: what `budget_usd` is for."
@@ -131,8 +131,8 @@ class Settings(BaseSettings):
     requests_per_minute: int | None = Field(
         default=120,
         ge=1,
-        description="Requests that a key without a limit of its own may make in a minute. None: no "
-        "limit.",
+        description="Requests that a key without a limit of its own may make in a minute; whoever needs "
+        "no key counts as one of them. None: no limit.",
     )
     input_price: Decimal | None = Field(
         default=None,

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from multiprocessing import Pipe, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -41,9 +40,7 @@ def _telling(teller: Connection, before: Any) -> Any:
     """A handler that tells the waiting thread, and does what was done before."""
 
     def handle(number: int, frame: Any) -> None:
-        teller.send_bytes(
-            b"stop"
-        )  # a lock, as that of an event, could be held by what was interrupted
+        teller.send_bytes(b"stop")  # no lock, as of an event: what was interrupted could hold it
         if callable(before):
             before(number, frame)
 
@@ -55,5 +52,5 @@ def _end(service: Any, told: Connection) -> None:
     if told not in wait([told] if parent is None else [told, parent.sentinel]):
         log.warning("the process that began this worker is gone, so the worker ends")
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(service.settings.grace)
-    service.answers.cancel_all()
+    service.clock.sleep(service.settings.grace)
+    service.cancel_all()

@@ -495,3 +495,17 @@ def test_the_body_has_one_deadline_however_it_drips(chat, monkeypatch):
             except TimeoutError:
                 continue
     assert b" 408 " in got
+
+
+def test_all_that_is_under_way_can_be_told_to_end(serve, held):
+    chat = serve(base_url=held.url)
+    response, reading = begun(chat.url, chat.new())
+    body = {"model": "gpt-4", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    other = chat.ask("POST", "/v1/chat/completions", json=body, stream=True)
+    lines = other.iter_lines()
+    assert b"Once upon" in next(line for line in lines if b"Once" in line)
+    chat.service.cancel_all()
+    assert list(reading)[-1][1]["status"] == "partial"
+    assert b"[DONE]" not in b"".join(lines)
+    response.close()
+    other.close()

@@ -20,6 +20,7 @@ import requests
 from agents import cli
 from agents.service.keys import Keys
 from agents.store import Store
+from LLM import LLM
 from LLM.testing import LocalServer
 
 ROOT = Path(__file__).parents[2]
@@ -208,15 +209,23 @@ def test_a_stop_lets_running_answers_come_to_their_end(serve, slow_model):
     assert service.process.wait(SLOW) == 0
 
 
-def test_what_still_runs_after_the_grace_is_stored_as_partial(serve, slow_model, database):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_still_runs_after_the_grace_is_stored_and_told_as_partial(
+    serve, slow_model, postgres, workers
+):
+    database = postgres.new()
     service = serve(
         "--base-url", slow_model.url, "--model", "stand-in", "--database", database,
-        AGENTS_GRACE="0.1",
+        "--workers", workers, AGENTS_GRACE="0.1",
     )  # fmt: skip
     name = service.conversation()
     lines = service.stream(name, "Hello")
     until(lambda: next(lines) == "event: text")
     assert service.stop() == 0
+    *_, event, last = filter(None, lines)
+    assert event == "event: done"
+    assert '"status": "partial"' in last
+    assert not re.search("Exception|Traceback|Cancel", "".join(service.log))
     with Store.open(database) as store:
         answer = store.conversations.messages(name)[-1]
     assert (answer.message.role, answer.status) == ("assistant", "partial")
@@ -348,6 +357,48 @@ def test_many_workers_share_one_port_one_database_and_one_set_of_numbers(serve, 
     assert service.stop() == 0
 
 
+def test_workers_end_with_a_parent_that_is_killed(serve, postgres):
+    service = serve("--local", "--workers", "2", "--database", postgres.new())
+    assert service.get("/health").status_code == 200
+    service.stop(signal.SIGKILL)
+    address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
+
+    def is_free():
+        with contextlib.suppress(OSError), socket.create_server(address):
+            return True
+        return False
+
+    until(is_free)
+    until(lambda: not service._reading.is_alive())  # the log ends with the last who could write it
+    log = "".join(service.log)
+    assert log.count("so the worker ends") == 2
+    assert "Traceback" not in log
+
+
+def test_serve_says_where_the_model_is_and_that_nobody_is_there(serve):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        nobody, mute = "http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        service = serve(LLM_BASE_URL=nobody, AGENTS_PROT="1")
+        assert service.said[1].split() == ["model", "gpt-4", "at", f"{nobody}/v1"]
+        (line,) = until(lambda: [line for line in service.log if "cannot be asked" in line])
+        assert (
+            f"WARNING agents.service: the model server cannot be asked: {nobody}: no conn" in line
+        )
+        assert "call failed" not in "".join(service.log)
+        odd = "AGENTS_PROT is no setting, and is not read; did you mean AGENTS_PORT?"
+        assert odd in "".join(service.log)
+        assert service.get("/health").status_code == 200
+        service = serve("--base-url", mute, "--model", "x")
+        until(lambda: f"{mute}/v1 did not answer within 1 s" in "".join(service.log))
+
+
+def test_a_model_server_that_wants_a_key_is_told_at_the_start(serve):
+    with LocalServer(api_key="sk-right") as server:
+        service = serve("--base-url", server.url, "--model", "x")
+        told = f"the model server {server.url}/v1 refuses the key, or wants one"
+        until(lambda: told in "".join(service.log))
+
+
 # keys
 
 
@@ -385,6 +436,8 @@ def test_a_revoked_key_is_worth_nothing(run, database):
 
 def test_a_key_that_is_not_there_or_twice_is_told(run, database):
     at = ("--database", database)
+    with Store.open(database):
+        pass
     assert run("keys", "list", *at)[1:] == (
         "",
         "There is no key yet; `python -m agents keys create NAME` makes one.\n",
@@ -394,6 +447,33 @@ def test_a_key_that_is_not_there_or_twice_is_told(run, database):
     run("keys", "create", "ada", *at)
     code, out, err = run("keys", "create", "ada", *at)
     assert (code, out, err.count("\n")) == (1, "", 1)
+    assert " --owner " in err
+
+
+@pytest.mark.parametrize("argv", [("list",), ("revoke", "ada")])
+def test_only_create_makes_a_database(run, tmp_path, database, argv):
+    code, out, err = run("keys", *argv, "--database", database)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: there is no database {database} yet: ")
+    assert list(tmp_path.iterdir()) == []
+    assert run("keys", "create", "ada", "--database", database)[0] == 0
+
+
+def test_the_first_key_says_whose_the_talks_of_before_are(run, database):
+    at = ("--database", database)
+    with Store.open(database) as store:
+        store.conversations.create(owner="local")
+    first, second = (run("keys", "create", name, *at)[2] for name in ("ada", "bob"))
+    assert "belong to 'local': a key made with `--owner local` sees them" in first
+    assert "'local'" not in second
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5"])
+def test_a_pace_is_a_whole_number_and_its_option_is_named(run, number):
+    code, out, err = run("keys", "create", "ada", f"--requests-per-minute={number}")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: argument --requests-per-minute: ")
+    assert "AGENTS_" not in err
 
 
 @pytest.mark.parametrize("amount", ["0", "-1", "nan", "much"])
@@ -440,6 +520,22 @@ def test_doctor_says_what_is_wrong(run, tmp_path):
     assert not report["model"]["ok"]
     assert "refused" in report["model"]["detail"]
     assert SECRET not in out
+
+
+def test_doctor_is_not_sure_of_a_model_that_its_server_does_not_list(run, server, database):
+    at = ("--base-url", server.url, "--database", database)
+    code, out, _ = run("doctor", *at, "--model", "gpt-4o-mni")
+    assert code == 1
+    assert re.search(
+        r"model +unsure +gpt-4o-mni: .*not among them; did you mean 'gpt-4o-mini'\?", out
+    )
+    assert "WRONG" not in out
+    assert not json.loads(run("doctor", *at, "--model", "other", "--json")[1])["ok"]
+
+
+def test_a_model_and_its_place_are_known_by_the_names_that_its_host_uses():
+    with LLM(model="groq/llama-3.1-8b-instant") as llm:
+        assert cli._asked(llm) == ("llama-3.1-8b-instant", "https://api.groq.com/openai/v1")
 
 
 def test_doctor_makes_no_database(run, tmp_path, database):

@@ -12,7 +12,7 @@ import pytest
 
 from agents.service import logs
 from agents.service.settings import Settings
-from LLM import LLMServerError
+from LLM import LLM, LLMAPIError, LLMConnectionError, LLMServerError
 
 SECRET = "llm-0123456789-" + "Ab_-" * 10 + "xyz"
 SAID = "what a person said"
@@ -162,16 +162,89 @@ def fail(kind):
 def test_an_exception_is_told_without_what_it_quotes(log_to, form):
     stream = log_to(log_format=form)
     try:
-        fail(LLMServerError)
-    except LLMServerError:
+        fail(LLMConnectionError)
+    except LLMConnectionError:
         logging.getLogger("agents").exception("failed")
     text = stream.getvalue()
     assert SAID not in text
     assert "ValidationError" in text
     assert "which led to" in text
-    assert "LLMServerError: in the open" in text
+    assert "LLMConnectionError: in the open" in text
     assert "in fail" in text
-    assert text.index("ValidationError") < text.index("LLMServerError: in the open")
+    assert text.index("ValidationError") < text.index("LLMConnectionError: in the open")
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_a_model_server_says_is_shown_to_the_caller_and_not_logged(
+    log_to, serve, server, form
+):
+    chat = serve()
+    name = chat.new()
+    stream = log_to(log_format=form, log_level="debug")
+    for _ in range(3):
+        server.reply(status=400, body={"error": {"message": f"cannot read: {SAID}"}})
+    told = chat.say(name, SAID)
+    assert (told.status_code, told.json()["detail"].endswith(SAID)) == (422, True)
+    ours = chat.ask(
+        "POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}
+    )
+    assert (ours.status_code, SAID in ours.text) == (400, True)
+    with chat.streaming(name, SAID, path="regenerate") as response:
+        assert SAID in response.text
+    text = stream.getvalue()
+    assert SAID not in text
+    why = "LLMInvalidRequestError: openai-compatible answered 400; its words are not logged"
+    assert text.count(f"call failed after 1 attempt: {why}") == 3
+    assert text.count(f"an answer ended early: {why}") == 2
+    assert text.count(f"The model server refuses the request: {why}") == 1
+
+
+def raised(url):
+    """Errors that a server worded, and those that quote them."""
+    with LLM(base_url=url, model="m", max_retries=0) as llm:
+        try:
+            llm.chat_completion([{"role": "user", "content": "Hello"}])
+        except LLMServerError as error:
+            yield error
+            try:
+                raise LLMConnectionError(f"again: {error}") from error
+            except LLMConnectionError as other:
+                yield other
+
+
+@pytest.mark.parametrize("how", ["argument", "named", "message", "extra", "exception"])
+def test_a_server_s_words_are_nowhere_in_a_line(log_to, server, how):
+    server.reply(status=503, body=f"<html><title>{SAID}</title>")
+    log, told = logging.getLogger("agents"), []
+    for error in raised(server.url):
+        stream = log_to(log_format="json")
+        if how == "argument":
+            log.warning("%s %d %s", "x", 1, error)
+        elif how == "named":
+            log.warning("%(error)s", {"error": error})
+        elif how == "message":
+            log.warning(error)
+        elif how == "extra":
+            log.warning("x", extra={"error": error})
+        else:
+            log.warning("x", exc_info=error)
+        told.append(stream.getvalue())
+        assert SAID in str(error)
+    assert len(told) == 2
+    assert all("openai-compatible answered 503" in text and SAID not in text for text in told)
+
+
+def test_an_error_in_our_own_words_is_logged_as_it_is(log_to):
+    stream = log_to(log_format="json")
+    try:
+        raise LLMConnectionError("no connection") from LLMAPIError(SAID)
+    except LLMConnectionError as error:
+        logging.getLogger("agents").warning("it failed: %s", error)
+        logging.getLogger("agents").warning("it failed: %s", ValueError(SAID))
+    assert [line["message"] for line in lines(stream)] == [
+        "it failed: no connection",
+        "it failed: ValueError",
+    ]
 
 
 def test_of_a_foreign_exception_only_the_kind_is_told(log_to):

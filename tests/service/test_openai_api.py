@@ -477,3 +477,20 @@ def test_any_body_is_read_or_refused(body):
     else:
         assert asked.messages
         assert not SETTINGS & asked.params.keys()
+
+
+def test_the_documentation_tells_how_callers_are_let_in_and_what_is_refused(chat):
+    api = chat.ask("GET", "/openapi.json").json()
+    ours = {path: methods for path, methods in api["paths"].items() if path.startswith("/v1/")}
+    assert len(ours) == 5
+    for path, methods in ours.items():
+        for operation in methods.values():
+            schemes = [name for one in operation["security"] for name in one]
+            kinds = [api["components"]["securitySchemes"][name]["type"] for name in schemes]
+            assert kinds == ["http", "apiKey"], path
+            assert {"401", "429", "503"} <= operation["responses"].keys(), path
+    answered = [
+        ours[path]["post"]["responses"] for path in ("/v1/chat/completions", "/v1/messages")
+    ]
+    assert all({"400", "404", "413", "502", "504"} <= told.keys() for told in answered)
+    assert ["402" in told for told in answered] == [False, True]

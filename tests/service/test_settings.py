@@ -90,6 +90,14 @@ def test_a_file_that_is_no_toml_says_where(file, text):
     )
 
 
+def test_a_value_of_the_file_is_told_with_the_file_unless_another_beats_it(file, monkeypatch):
+    path = file('port = 70000\ninput_price = "1"\nworkers = 2\n')
+    assert problem(path).startswith(f"port (in {path}): ")
+    monkeypatch.setenv("AGENTS_PORT", "70001")
+    assert problem(path).startswith("port (AGENTS_PORT): ")
+    assert problem(path, port=1, input_price=None).endswith(f"({path} gives workers)")
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     assert "there is no settings file" in problem(tmp_path / "none.toml")
 
