@@ -28,6 +28,7 @@ from agents.types import (
 from LLM import (
     LLM,
     Budget,
+    CancelScope,
     Clock,
     InvalidOutputError,
     LLMBudgetError,
@@ -393,19 +394,21 @@ class Agent(Generic[T]):
                         run.messages, **request
                     )
                     return whole
-            with self.llm.budget(run.budget) if run.budget else nullcontext():
-                stream = self.llm.stream(run.messages, **request)
+            scope = CancelScope()  # also while it is not open yet: a model may think for long
             watched: AbstractContextManager[None] = nullcontext()
             if run.cancel is not None:
-                watched = run.cancel.watching(stream.cancel)
-            with stream, watched:
-                for event in stream:
-                    if streams and event.type == EventType.TEXT_DELTA:
-                        yield AgentEvent("text", text=str(event.text_delta))
-                    elif streams and event.type == EventType.REASONING_DELTA:
-                        yield AgentEvent("reasoning", text=event.reasoning_delta or "")
-                response: ChatCompletionResponse = stream.response
-                return response
+                watched = run.cancel.watching(scope.cancel)
+            with watched:
+                with scope, self.llm.budget(run.budget) if run.budget else nullcontext():
+                    stream = self.llm.stream(run.messages, **request)
+                with stream:
+                    for event in stream:
+                        if streams and event.type == EventType.TEXT_DELTA:
+                            yield AgentEvent("text", text=str(event.text_delta))
+                        elif streams and event.type == EventType.REASONING_DELTA:
+                            yield AgentEvent("reasoning", text=event.reasoning_delta or "")
+                    response: ChatCompletionResponse = stream.response
+                    return response
         except LLMCancelledError as error:
             if run.cancel is None or not run.cancel.event.is_set():
                 raise

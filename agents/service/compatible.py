@@ -24,6 +24,7 @@ from agents.service.logs import request_id
 from agents.service.problems import Problem, problem_of
 from agents.types import ChatCompletionResponse, EventType
 from LLM import (
+    CancelScope,
     LLMBudgetError,
     LLMContentFilterError,
     LLMContextLengthError,
@@ -288,15 +289,17 @@ def _answer(
     started = clock.now()
     name = service.checked_model(asked.model)
     answer = dialect.Answer(clock.new_id(), int(clock.utc().timestamp()), asked)
-    with service.asking(caller, name) as llm:
+    scope = CancelScope()
+    with service.asking(caller, name) as llm, cancel.watching(scope.cancel):
         try:
-            # Streamed in any case: only then it can be stopped.
-            stream = llm.stream(asked.messages, model=name, **asked.params)
+            # Streamed in any case: what was billed is known when it is stopped.
+            with scope:
+                stream = llm.stream(asked.messages, model=name, **asked.params)
         except LLMError as error:
             if error.maybe_billed:
                 service.record(caller.owner, name, None, None, complete=False)
             raise
-        with stream, cancel.watching(stream.cancel):
+        with stream:
             service.metrics.first_token(clock.now() - started)
             model = stream.info.model or name
             complete = False

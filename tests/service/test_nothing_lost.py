@@ -14,6 +14,7 @@ import requests
 
 from agents import Store
 from LLM.clock import Clock
+from tests.fakes import raw_server, stream_head
 from tests.service.conftest import events, until
 
 SERVED = re.compile(r"http://127\.0\.0\.1:\d+")
@@ -107,6 +108,50 @@ def test_so_does_one_that_waits_for_the_whole_answer(serve, held):
     assert held.gone.wait(5), "the model was asked on"
     until(lambda: len(chat.messages(name)) == 2)
     assert chat.messages(name)[-1]["status"] == "partial"
+
+
+@pytest.fixture
+def silent():
+    """A model that takes a question and says nothing; `gone`: its client hung up."""
+    asked, gone, let_go = threading.Event(), threading.Event(), threading.Event()
+
+    def think(connection, _):
+        connection.sendall(stream_head("connection: close"))
+        asked.set()
+        try:
+            while not let_go.wait(0.02):
+                connection.sendall(b": thinking\n\n")
+        except OSError:
+            gone.set()
+
+    with raw_server(think) as model:
+        model.asked, model.gone = asked, gone
+        yield model
+        let_go.set()
+
+
+@pytest.mark.parametrize("path", ["own", "openai", "anthropic"])
+def test_a_client_that_goes_away_before_the_first_word_stops_the_model_too(serve, silent, path):
+    chat = serve(base_url=silent.url, timeout=None, deadline=None)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "model": "gpt-4"}
+    url = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages"}.get(path)
+    if url is None:
+        url, body = f"/conversations/{chat.new()}/messages", {"content": "Hi"}
+    with pytest.raises(requests.Timeout):
+        chat.ask("POST", url, json=body, timeout=0.5)
+    assert silent.asked.is_set()
+    assert silent.gone.wait(5), "the model was asked on"
+
+
+def test_an_answer_can_be_cancelled_before_its_first_word(serve, silent):
+    chat = serve(base_url=silent.url, timeout=None, deadline=None)
+    name = chat.new()
+    with chat.streaming(name, "Tell") as response:
+        assert silent.asked.wait(5)
+        assert chat.ask("POST", f"/conversations/{name}/cancel").json() == {"cancelled": True}
+        assert list(events(response))[-1][1]["status"] == "partial"
+    assert silent.gone.wait(5)
+    assert [m["content"] for m in chat.messages(name)] == ["Tell"]
 
 
 def test_a_message_is_stored_before_the_model_is_asked(serve, held):

@@ -5,12 +5,21 @@ import { kept } from "./dom.js";
 // The server says something at least every 15 seconds while it answers.
 const SILENCE = 45_000;
 
-/** The service refused: an answer that is a problem (RFC 9457). */
+/** Words of the service as a sentence, to stand among others. */
+function sentence(words) {
+  const text = words.trim();
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?…]$/.test(text) ? "" : "."}`;
+}
+
+/** The service refused: an answer that is a problem (RFC 9457). Its message is title and detail, as sentences. */
 export class Problem extends Error {
-  constructor(status, details = {}, retryAfter = null) {
-    super(details.detail || details.title || `The service answered with status ${status}.`);
+  constructor(status, details = {}, { retryAfter = null, requestId = null } = {}) {
+    const said = [details.title, details.detail].filter((words) => typeof words === "string" && words.trim()).map(sentence);
+    if (!said.length) said.push(`The service answered with status ${status}.`);
+    super([...new Set(said)].join(" "));
     this.status = status;
-    this.requestId = details.request_id ?? null;
+    this.detail = said.at(-1);
+    this.requestId = details.request_id ?? requestId;
     this.retryAfter = details.retry_after ?? retryAfter;
   }
 }
@@ -78,11 +87,13 @@ async function send(method, path, { body, accept = "application/json", repeatabl
   if (response.ok) return response;
   const details = await response.json().catch(() => ({}));
   const wait = Number(response.headers.get("retry-after"));
-  const problem = new Problem(response.status, details, wait > 0 ? wait : null);
+  const problem = new Problem(response.status, details, { retryAfter: wait > 0 ? wait : null, requestId: requestOf(response) });
   // A key that is being tried is the dialog's own matter.
   if (problem.status === 401 && using === undefined) dispatchEvent(new CustomEvent("keyneeded", { detail: problem }));
   throw problem;
 }
+
+const requestOf = (response) => response.headers.get("x-request-id");
 
 async function json(method, path, options) {
   const response = await send(method, path, options);
@@ -138,7 +149,11 @@ export async function* answer(path, body, { repeatable, signal }) {
       rest = lines.pop();
       for (const line of lines) {
         if (line === "") {
-          if (data.length) yield [type, JSON.parse(data.join("\n"))];
+          if (data.length) {
+            const value = JSON.parse(data.join("\n"));
+            if (type === "error") value.request_id ??= requestOf(response);
+            yield [type, value];
+          }
           if (type === "done") return;
           type = "";
           data = [];

@@ -1,7 +1,7 @@
 // The page: what it shows, the list of conversations, dialogs and keys.
 
 import * as api from "./api.js";
-import { announce, fullMoment, h, icon, iconButton, kept, money, number, spent, when } from "./dom.js";
+import { announce, fullMoment, h, icon, iconButton, kept, money, number, requestNote, spent, when } from "./dom.js";
 import { Thread, sumOf } from "./thread.js";
 import { usageView } from "./usage.js";
 
@@ -37,7 +37,9 @@ const app = {
       thread.toEnd();
       this.describe(thread);
     } else await thread.load();
-    if (this.current === thread && !narrow.matches && !dialogOpen()) thread.box.focus();
+    // Who has begun to write elsewhere meanwhile, goes on there.
+    const writing = document.activeElement?.matches("#search, .rename");
+    if (this.current === thread && !narrow.matches && !dialogOpen() && !writing) thread.box.focus();
     return thread;
   },
 
@@ -45,6 +47,14 @@ const app = {
   created(thread) {
     if (this.current !== thread) return;
     history.replaceState(null, "", address(thread.id));
+    this.describe(thread);
+    list.load();
+  },
+
+  /** A conversation whose first message did not get into it is deleted again. */
+  unmade(thread) {
+    if (this.current !== thread) return;
+    history.replaceState(null, "", "#/");
     this.describe(thread);
     list.load();
   },
@@ -61,10 +71,11 @@ const app = {
     await list.load();
     const summary = list.items.get(thread.id);
     if (!summary || !thread.conversation) return;
-    // The service makes a title of the first question; one that is there may be newer than this list.
-    thread.conversation.title ??= summary.title;
-    thread.conversation.revision = Math.max(thread.conversation.revision, summary.revision);
+    const { conversation } = thread;
+    // The service makes a title of the first question; another that is there may be newer than this list.
+    if (!conversation.title || conversation.title === thread.guess) conversation.title = summary.title ?? conversation.title;
     this.describe(thread);
+    if (summary.revision > conversation.revision) thread.look();
   },
 
   describe(thread) {
@@ -72,7 +83,7 @@ const app = {
     const { conversation } = thread;
     const title = conversation ? titleOf(conversation) : "New conversation";
     document.title = conversation ? `${title} · Chat` : "Chat";
-    const parts = [h("h1", {}, conversation ? h("button", { type: "button", class: "title", title: "Rename", onclick: () => rename(conversation) }, title) : title)];
+    const parts = [h("h1", {}, conversation ? h("button", { type: "button", class: "title", dir: "auto", title: "Rename", onclick: () => rename(conversation) }, title) : title)];
     if (conversation?.parent) {
       const parent = list.items.get(conversation.parent);
       parts.push(h("p", { class: "parent" }, icon("branch"), "Branch of ", h("a", { href: address(conversation.parent) }, parent ? titleOf(parent) : "another conversation")));
@@ -80,8 +91,9 @@ const app = {
     // A title that is being written there is not taken away.
     const writing = $("heading").querySelector(".rename")?.dataset.id;
     if (!writing || writing !== conversation?.id) $("heading").replaceChildren(...parts);
-    const { usage, cost } = sumOf(conversation?.messages ?? []);
-    $("totals").textContent = spent(usage, cost);
+    const { usage, paid } = sumOf(conversation?.messages ?? []);
+    // What was replaced was paid for, too.
+    $("totals").textContent = spent(usage, paid ? conversation.cost : null);
     $("totals").title = usage ? `${number(usage.prompt_tokens)} prompt tokens, ${number(usage.completion_tokens)} completion tokens` : "";
     $("actions").hidden = !conversation;
   },
@@ -103,7 +115,8 @@ const app = {
   },
 };
 
-const titleOf = ({ title }) => title || "Untitled";
+/** A conversation's title; one that is being made has the beginning of its first message. */
+const titleOf = ({ id, title }) => title || [...app.running].find((thread) => thread.id === id)?.conversation?.title || "Untitled";
 
 // The list of conversations
 
@@ -126,7 +139,7 @@ const list = {
       $("list-note").textContent = page.data.length ? "" : this.query ? "Nothing found." : "No conversations yet.";
       if (this.query) announce(page.data.length ? `${page.data.length}${page.next ? " or more" : ""} found` : "Nothing found");
     } catch (error) {
-      if (asked === this.asked && error.status !== 401) $("list-note").textContent = error.message;
+      if (asked === this.asked && error.status !== 401) $("list-note").replaceChildren(error.message, requestNote(error) ?? "");
     }
   },
 
@@ -144,7 +157,7 @@ const list = {
       this.show(await api.get(this.path(PAGE, this.next)));
       [...$("list").querySelectorAll("a")][known]?.focus();
     } catch (error) {
-      $("list-note").textContent = error.message;
+      $("list-note").replaceChildren(error.message, requestNote(error) ?? "");
     } finally {
       $("more").disabled = false;
     }
@@ -165,15 +178,15 @@ const list = {
   },
 
   row(item) {
-    const cost = item.cost !== null && Number(item.cost) > 0 ? money(item.cost) : "";
+    const cost = Number(item.cost) > 0 ? money(item.cost) : "";
     return h(
       "li",
       { "data-id": item.id },
       h(
         "a",
         { href: address(item.id), title: titleOf(item) },
-        h("span", { class: "name" }, titleOf(item)),
-        item.snippet ? h("span", { class: "snippet" }, marked(item.snippet, this.query)) : null,
+        h("span", { class: "name", dir: "auto" }, titleOf(item)),
+        item.snippet ? h("span", { class: "snippet", dir: "auto" }, marked(item.snippet, this.query)) : null,
         h(
           "span",
           { class: "row-facts" },
@@ -271,7 +284,7 @@ function rename(conversation) {
   const shown = app.current?.id === conversation.id ? $("heading").querySelector(".title") : $("list").querySelector(`li[data-id="${CSS.escape(conversation.id)}"] a`);
   if (!shown) return;
   const before = conversation.title ?? "";
-  const field = h("input", { class: "rename", "data-id": conversation.id, "aria-label": "Title", maxlength: "200", value: before });
+  const field = h("input", { class: "rename", dir: "auto", "data-id": conversation.id, "aria-label": "Title", maxlength: "200", value: before });
   let over = false;
   const end = async (keep) => {
     if (over) return;
@@ -304,14 +317,14 @@ function rename(conversation) {
 }
 
 function tell(title, error) {
-  if (error.status !== 401) ask({ title, text: error.message, confirm: "Close", alone: true, run: async () => {} });
+  if (error.status !== 401) ask({ title, text: error.message, note: requestNote(error), confirm: "Close", alone: true, run: async () => {} });
 }
 
 function instructions(conversation) {
   ask({
     title: "Instructions",
     text: "What the model is told before the conversation, in each call.",
-    field: h("textarea", { id: "answer-field", "aria-label": "Instructions", rows: "8", value: conversation.system ?? "" }),
+    field: h("textarea", { id: "answer-field", dir: "auto", "aria-label": "Instructions", rows: "8", value: conversation.system ?? "" }),
     confirm: "Save",
     run: async (system) => changed(await api.patch(api.conversation(conversation.id), { system: system.trim() })),
   });
@@ -357,7 +370,7 @@ async function save(conversation, form) {
 }
 
 /** A dialog with a question, and perhaps a field; `run` gets the field's value and may fail. */
-function ask({ title, text, field, confirm, danger, alone, run }) {
+function ask({ title, text, note, field, confirm, danger, alone, run }) {
   const dialog = $("question");
   const error = h("p", { class: "error", role: "alert" });
   const yes = h("button", { type: "submit", class: danger ? "primary danger" : "primary" }, confirm);
@@ -371,13 +384,13 @@ function ask({ title, text, field, confirm, danger, alone, run }) {
           await run(field?.value);
           dialog.close();
         } catch (problem) {
-          error.textContent = problem.message;
+          error.replaceChildren(problem.message, requestNote(problem) ?? "");
         }
         yes.disabled = false;
       },
     },
     h("h2", { id: "question-title" }, title),
-    text ? h("p", {}, text) : null,
+    text ? h("p", { dir: "auto" }, text, note) : null,
     field ?? null,
     error,
     h("div", { class: "dialog-row" }, alone ? null : h("button", { type: "button", class: "plain", onclick: () => dialog.close() }, "Cancel"), yes),
@@ -551,8 +564,9 @@ async function start() {
     app.session = await api.get("/session");
   } catch (error) {
     if (error.status !== 401) {
-      $("list-note").textContent = error.message;
-      if (error instanceof api.Unreachable) setTimeout(start, 3000);
+      $("list-note").replaceChildren(error.message, requestNote(error) ?? "");
+      const wait = error.retryAfter ?? (error instanceof api.Unreachable ? 3 : null);
+      if (wait !== null) setTimeout(start, wait * 1000);
     }
     return;
   }
@@ -617,7 +631,7 @@ function wire() {
   $("key").addEventListener("cancel", (event) => event.preventDefault());
   $("shortcuts").addEventListener("click", () => $("keyboard").showModal());
   $("keyboard-close").addEventListener("click", () => $("keyboard").close());
-  addEventListener("keyneeded", ({ detail }) => askForKey(api.theKey.known ? detail.message : ""));
+  addEventListener("keyneeded", () => askForKey(api.theKey.known ? "The service does not know the key that this page has: perhaps it was revoked." : ""));
   addEventListener("keydown", keys);
   addEventListener("hashchange", () => app.route());
   addEventListener("offline", () => app.current?.notice("You are offline. What you write is kept here.", { kind: "warn" }));
@@ -626,7 +640,9 @@ function wire() {
     list.load();
   });
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden && app.session) list.load();
+    if (document.hidden || !app.session) return;
+    list.load();
+    app.current?.look();
   });
   setInterval(() => {
     const waiting = [...list.items.values()].some((item) => item.answering && ![...app.running].some((thread) => thread.id === item.id));

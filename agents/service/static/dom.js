@@ -76,6 +76,17 @@ export function spent(usage, cost) {
   return words.join(" · ");
 }
 
+/** What a call cost, of which some may have no known price: `unpriced`, of `calls`. */
+export function costOf({ cost, unpriced }) {
+  if (cost === null || cost === undefined || (unpriced && !Number(cost))) return "unknown";
+  return `${unpriced ? "≥ " : ""}${money(cost)}`;
+}
+
+/** By what the operator finds a request in the log; nothing, where there was no answer. */
+export function requestNote({ requestId }) {
+  return requestId ? h("small", { class: "request" }, "Request ", h("code", {}, requestId)) : null;
+}
+
 /** Put text on the clipboard; the old way where the page is not in a secure context. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);

@@ -5,15 +5,24 @@ import { copyButton, h } from "./dom.js";
 
 // Deeper than anybody nests; a wall against an answer that nests for ever.
 const DEPTH = 16;
+// Larger than anybody reads; a browser lays out each place of a table, also one that no cell fills.
+const TABLE_COLUMNS = 500;
+const TABLE_PLACES = 50_000;
+const ADDRESS_LENGTH = 4000;
+const LINK_LENGTH = 2000;
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*(.*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
+// A text may be made to take for ever, so each pattern passes over a line once: no two repetitions that
+// take the same signs stand side by side, and what ends in `.*` takes all of the line (`s`).
+const FENCE = /^( {0,3})(`{3,}|~{3,})(.*)$/s;
+const CLOSING = /^ {0,3}(`+|~+)[ \t]*$/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*))?$/s;
 const RULE = /^ {0,3}(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:([ \t]+)(.*)|)$/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:([ \t]+)(.*)|)$/s;
 const TASK = /^\[([ xX])\][ \t]+/;
 const UNDERLINE = /^ {0,3}(=+|-{2,})[ \t]*$/;
-const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const DELIMITERS = /^ {0,3}[|:-][|: \t-]*$/;
+const DELIMITER = /^:?-+:?$/;
 
 const blank = (line) => line.trim() === "";
 const indent = (line) => line.length - line.trimStart().length;
@@ -68,7 +77,7 @@ export class Markdown {
       return node;
     });
     for (const node of this.open) if (!nodes.includes(node)) node.remove();
-    this.root.append(...nodes.filter((node) => node.parentNode !== this.root));
+    for (const node of nodes) if (node.parentNode !== this.root) this.root.append(node);
     this.open = nodes.slice(over);
     if (over) this.settled += lines.slice(0, blocks[over].begin).join("\n").length + 1;
     this.cost = performance.now() - began;
@@ -93,8 +102,10 @@ function* scanAll(lines, depth) {
   }
 }
 
-function build(lines, depth) {
-  return [...scanAll(lines, depth)].map((block) => block.build());
+/** Fill `parent` with the blocks of lines; one by one, as a call takes only so many arguments. */
+function build(lines, depth, parent) {
+  for (const block of scanAll(lines, depth)) parent.append(block.build());
+  return parent;
 }
 
 /** The block that begins at a line: where it ends, and how it is made. */
@@ -104,7 +115,7 @@ function scan(lines, at, depth) {
   if (fence && isFence(fence)) return scanFence(lines, at, fence);
   const heading = HEADING.exec(line);
   if (heading) {
-    const text = withoutEnd((heading[2] ?? "").trimEnd(), "#");
+    const text = withoutEnd((heading[2] ?? "").trim(), "#");
     // The page's own title is the only h1.
     return { end: at + 1, build: () => inline(text, h(`h${Math.min(6, heading[1].length + 1)}`)) };
   }
@@ -121,7 +132,7 @@ function scan(lines, at, depth) {
   return scanParagraph(lines, at, depth);
 }
 
-/** The text without what stands at its end; a loop, for a pattern could be made to take for ever. */
+/** The text without what stands at its end; a loop, for a pattern would begin anew at each sign. */
 function withoutEnd(text, signs) {
   let end = text.length;
   while (end && signs.includes(text[end - 1])) end -= 1;
@@ -130,10 +141,12 @@ function withoutEnd(text, signs) {
 
 const isFence = (match) => match[2][0] === "~" || !match[3].includes("`");
 
+/** Whether a line closes the fence that such a mark opened. */
+const closesFence = (line, mark) => CLOSING.exec(line)?.[1].startsWith(mark) ?? false;
+
 function scanFence(lines, at, [, space, mark, info]) {
-  const closing = new RegExp(`^ {0,3}${mark[0]}{${mark.length},}[ \\t]*$`);
   let to = at + 1;
-  while (to < lines.length && !closing.test(lines[to])) to += 1;
+  while (to < lines.length && !closesFence(lines[to], mark)) to += 1;
   const code = () =>
     lines
       .slice(at + 1, to)
@@ -180,7 +193,7 @@ function scanQuote(lines, at, depth) {
     paragraph = isText(inner.at(-1));
     end += 1;
   }
-  return { end, build: () => h("blockquote", {}, build(inner, depth + 1)) };
+  return { end, build: () => build(inner, depth + 1, h("blockquote")) };
 }
 
 /** Whether a line can be the middle of a paragraph, so that the next may go on with it. */
@@ -214,7 +227,7 @@ function scanList(lines, at, depth) {
       const lazy = !fence && content === next && isText(line) && !ITEM.test(line) && isText(inner.at(-1)) && !QUOTE.test(line);
       if (!own && !lazy) break;
       const stripped = line.slice(Math.min(indent(line), inside));
-      if (fence) fence = fence.test(stripped) ? null : fence;
+      if (fence) fence = closesFence(stripped, fence) ? null : fence;
       else fence = fenceOf(stripped);
       inner.push(stripped);
       content = next + 1;
@@ -242,20 +255,20 @@ function looseWithin(inner) {
   return gap > 0 && inner.slice(gap).some((line) => !blank(line) && !ITEM.test(line));
 }
 
-/** What closes the fence that a line opens. */
+/** The mark of the fence that a line opens. */
 function fenceOf(line) {
   const match = FENCE.exec(line);
-  return match && isFence(match) ? new RegExp(`^ {0,3}${match[2][0]}{${match[2].length},}[ \\t]*$`) : null;
+  return match && isFence(match) ? match[2] : null;
 }
 
 function listItem(inner, depth) {
   const task = TASK.exec(inner[0]);
-  if (!task) return h("li", {}, build(inner, depth + 1));
+  if (!task) return build(inner, depth + 1, h("li"));
   const box = h("input", { type: "checkbox", disabled: true, checked: task[1] !== " ", "aria-label": task[1] === " " ? "to do" : "done" });
-  const nodes = build([inner[0].slice(task[0].length), ...inner.slice(1)], depth + 1);
-  if (nodes[0]?.tagName === "P") nodes[0].prepend(box, " ");
-  else nodes.unshift(box);
-  return h("li", { class: "task" }, nodes);
+  const item = build([inner[0].slice(task[0].length), ...inner.slice(1)], depth + 1, h("li", { class: "task" }));
+  if (item.firstChild?.tagName === "P") item.firstChild.prepend(box, " ");
+  else item.prepend(box);
+  return item;
 }
 
 function cells(line) {
@@ -265,26 +278,32 @@ function cells(line) {
 
 function scanTable(lines, at) {
   if (!DELIMITERS.test(lines[at + 1]) || !lines[at + 1].includes("-")) return null;
+  const delimiters = cells(lines[at + 1]);
   const head = cells(lines[at]);
-  const align = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null));
-  if (align.length !== head.length) return null;
+  if (delimiters.length !== head.length || !delimiters.every((cell) => DELIMITER.test(cell))) return null;
+  const align = delimiters.map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null));
   let end = at + 2;
   while (end < lines.length && !blank(lines[end]) && !interrupts(lines[end])) end += 1;
-  const row = (tag, texts) =>
-    h("tr", {}, head.map((_, column) => inline(texts[column] ?? "", h(tag, { class: align[column], scope: tag === "th" ? "col" : null }))));
+  if (head.length > TABLE_COLUMNS || head.length * (end - at - 1) > TABLE_PLACES) {
+    const code = () => lines.slice(at, end).join("\n");
+    return { end, head: lines[at], code, build: () => codeBlock(code(), "table") };
+  }
+  const row = (tag, texts) => {
+    const properties = (column) => ({ class: align[column], scope: tag === "th" ? "col" : null });
+    const made = texts.slice(0, head.length).map((text, column) => inline(text, h(tag, properties(column))));
+    // One empty cell for all that are missing: a short line must not become a row of a thousand elements.
+    const missing = head.length - made.length;
+    if (missing > 0) made.push(h(tag, { colspan: missing === 1 ? null : missing }));
+    return h("tr", {}, made);
+  };
   return {
     end,
-    build: () =>
-      h(
-        "div",
-        { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
-        h(
-          "table",
-          {},
-          h("thead", {}, row("th", head)),
-          h("tbody", {}, lines.slice(at + 2, end).map((line) => row("td", cells(line)))),
-        ),
-      ),
+    build: () => {
+      const body = h("tbody");
+      for (const line of lines.slice(at + 2, end)) body.append(row("td", cells(line)));
+      const table = h("table", {}, h("thead", {}, row("th", head)), body);
+      return h("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
+    },
   };
 }
 
@@ -323,8 +342,11 @@ const SPACE = /\s/;
 const WORD = /[\p{L}\p{N}]/u;
 const SIGN = /[\p{P}\p{S}]/u;
 const PLAIN = /[^\\`*_~[\]!<&\nhH]+/y;
-const ADDRESS = /https?:\/\/[^\s<>"]+/iy;
+const ADDRESS = /^https?:\/\/[^\s<>"]+/i;
+const HOST = /^https?:\/\/[^\s<>"/#\\]+[/#\\]?/i;
 const ANGLED = /<((?:https?:\/\/|mailto:)[^\s<>]+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+)>/iy;
+const TARGET = /^(?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*/;
+const ANGLED_TARGET = /^<([^<>\n]*)>/;
 const AFTER_ADDRESS = "?!.,:;*_~'\"]";
 const ENTITY = /&(?:#(\d{1,7})|#[xX]([\da-fA-F]{1,6})|(amp|lt|gt|quot|apos|nbsp|copy|hellip|mdash|ndash|times|rarr|larr));/y;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", hellip: "…", mdash: "—", ndash: "–", times: "×", rarr: "→", larr: "←" };
@@ -344,7 +366,11 @@ export function inline(text, parent) {
   const pieces = []; // { text } | { node } | a run of marks | { open, close }: link borders
   const runs = [];
   const brackets = [];
-  const missing = new Set(); // lengths of backtick runs that nothing closes
+  let dead = 0; // so many brackets, from the first, stand around a link and can only be images
+  let images = 0; // so many of the brackets
+  const nextOpen = finder(text, "[");
+  const nextClose = finder(text, "](");
+  const nextTicks = tickFinder(text);
   let at = 0;
   const say = (words) => {
     if (pieces.at(-1)?.text !== undefined) pieces.at(-1).text += words;
@@ -371,15 +397,14 @@ export function inline(text, parent) {
       const run = /`+/y;
       run.lastIndex = at;
       const marks = run.exec(text)[0];
-      const inner = missing.has(marks.length) ? null : codeUntil(text, at + marks.length, marks);
-      if (inner === null) {
-        missing.add(marks.length);
+      const closing = nextTicks(at, marks.length);
+      if (closing === undefined) {
         say(marks);
         at += marks.length;
       } else {
-        at += marks.length * 2 + inner.length;
-        let code = inner.replaceAll("\n", " ");
-        if (/^ .* $/.test(code) && !blank(code)) code = code.slice(1, -1);
+        let code = text.slice(at + marks.length, closing).replaceAll("\n", " ");
+        at = closing + marks.length;
+        if (code.startsWith(" ") && code.endsWith(" ") && !blank(code)) code = code.slice(1, -1);
         pieces.push({ node: () => h("code", {}, code) });
       }
     } else if (character === "*" || character === "_" || character === "~") {
@@ -394,10 +419,14 @@ export function inline(text, parent) {
       const bracket = { text: image ? "![" : "[", image, runs: runs.length, from: at + (image ? 2 : 1), open: null };
       pieces.push(bracket, { text: "" });
       brackets.push(bracket);
+      if (image) images += 1;
       at += image ? 2 : 1;
     } else if (character === "]") {
       const bracket = brackets.pop();
-      const target = bracket && !bracket.dead ? destination(text, at + 1) : null;
+      const alive = bracket && (bracket.image || brackets.length >= dead);
+      dead = Math.min(dead, brackets.length);
+      if (bracket?.image) images -= 1;
+      const target = alive ? destination(text, at + 1) : null;
       const address = target && safeAddress(target.address);
       if (!address) {
         say("]");
@@ -408,7 +437,7 @@ export function inline(text, parent) {
         bracket.text = "";
         pieces.push({ close: true, text: undefined });
         // No link within a link; an image within one is only its words.
-        if (!bracket.image) for (const outer of brackets) outer.dead ||= !outer.image;
+        if (!bracket.image) dead = brackets.length;
         at = target.end;
       }
     } else if (character === "<") {
@@ -418,10 +447,12 @@ export function inline(text, parent) {
       else say("<");
       at += address ? angled[0].length : 1;
     } else if (character === "h" || character === "H") {
-      const found = at > 0 && WORD.test(text[at - 1]) ? null : sticky(ADDRESS);
-      const shown = found && trimmed(found[0]);
+      // An address within brackets may be the words of a link that ends soon.
+      const close = nextClose(at);
+      const worded = (images > 0 || brackets.length > dead) && close - at < LINK_LENGTH && nextOpen(at) > close;
+      const shown = worded || (at > 0 && WORD.test(text[at - 1])) ? null : bareAddress(text.slice(at, at + ADDRESS_LENGTH));
       const address = shown && safeAddress(shown);
-      if (address && !brackets.some((bracket) => !bracket.dead && closesAsLink(text, at))) {
+      if (address) {
         pieces.push({ node: () => link(address, shown) });
         at += shown.length;
       } else {
@@ -433,8 +464,7 @@ export function inline(text, parent) {
       say(entity ? entityText(entity) : "&");
       at += entity ? entity[0].length : 1;
     } else if (character === "\n") {
-      const last = pieces.at(-1);
-      if (last?.text?.endsWith("  ")) pieces.push({ node: () => h("br") });
+      if (text.endsWith("  ", at)) pieces.push({ node: () => h("br") });
       say("\n");
       at += 1;
     } else {
@@ -446,26 +476,41 @@ export function inline(text, parent) {
   return assemble(pieces, parent);
 }
 
-function codeUntil(text, from, marks) {
-  for (let at = text.indexOf(marks, from); at >= 0; at = text.indexOf(marks, at)) {
-    let end = at + marks.length;
-    if (text[end] !== "`") return text.slice(from, at);
-    while (text[end] === "`") end += 1;
-    at = end;
-  }
-  return null;
+/** Where a sign stands next, asked for places that only grow: each stretch is searched once. */
+function finder(text, sign) {
+  let found = -1;
+  return (at) => {
+    if (found < at) found = text.indexOf(sign, at);
+    if (found < 0) found = Number.POSITIVE_INFINITY;
+    return found;
+  };
 }
 
-/** Whether an address that stands within brackets is the words of a link that follows. */
-function closesAsLink(text, at) {
-  const rest = text.slice(at, at + 2000);
-  const end = rest.indexOf("](");
-  return end > 0 && !rest.slice(0, end).includes("[");
+/** Where the run of backticks is that closes one, likewise for places that only grow. */
+function tickFinder(text) {
+  const found = new Map(); // places by the length of the run; the next in the text is the last of its list
+  for (const { 0: run, index } of text.matchAll(/`+/g)) {
+    if (!found.has(run.length)) found.set(run.length, []);
+    found.get(run.length).push(index);
+  }
+  for (const places of found.values()) places.reverse();
+  return (at, length) => {
+    const places = found.get(length) ?? [];
+    while (places.at(-1) <= at) places.pop();
+    return places.at(-1);
+  };
+}
+
+/** The address that a text begins with; the host first, for one that is none must not cost the reading of all. */
+function bareAddress(text) {
+  const host = HOST.exec(text);
+  return host && safeAddress(trimmed(host[0])) ? trimmed(ADDRESS.exec(text)[0]) : null;
 }
 
 function trimmed(address) {
-  let shown = withoutEnd(address.slice(0, 4000), AFTER_ADDRESS);
-  while (shown.endsWith(")") && shown.split(")").length > shown.split("(").length) shown = withoutEnd(shown.slice(0, -1), AFTER_ADDRESS);
+  let shown = withoutEnd(address, AFTER_ADDRESS);
+  let surplus = shown.split(")").length - shown.split("(").length;
+  for (; surplus > 0 && shown.endsWith(")"); surplus -= 1) shown = withoutEnd(shown.slice(0, -1), AFTER_ADDRESS);
   return shown;
 }
 
@@ -478,16 +523,28 @@ function entityText([, decimal, hexadecimal, name]) {
 /** `(address "title")` behind a bracket. */
 function destination(text, at) {
   if (text[at] !== "(") return null;
-  const angled = /\(\s*<([^<>\n]*)>(?:\s+(?:"([^"]*)"|'([^']*)'))?\s*\)/y;
-  angled.lastIndex = at;
-  let found = angled.exec(text);
-  if (!found) {
-    const bare = /\(\s*((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*)(?:\s+(?:"([^"]*)"|'([^']*)'))?\s*\)/y;
-    bare.lastIndex = at;
-    found = bare.exec(text);
-  }
+  const from = pastSpace(text, at + 1);
+  const angled = text[from] === "<";
+  const found = (angled ? ANGLED_TARGET : TARGET).exec(text.slice(from, from + ADDRESS_LENGTH));
   if (!found) return null;
-  return { address: found[1].replace(/\\([!-/:-@[-`{-~])/g, "$1"), title: found[2] ?? found[3], end: at + found[0].length };
+  const behind = from + found[0].length;
+  let end = pastSpace(text, behind);
+  let title;
+  if (end > behind && (text[end] === '"' || text[end] === "'")) {
+    const close = text.indexOf(text[end], end + 1);
+    if (close < 0) return null;
+    title = text.slice(end + 1, close);
+    end = pastSpace(text, close + 1);
+  }
+  if (text[end] !== ")") return null;
+  const address = (angled ? found[1] : found[0]).replace(/\\([!-/:-@[-`{-~])/g, "$1");
+  return { address, title, end: end + 1 };
+}
+
+function pastSpace(text, from) {
+  let at = from;
+  while (at < text.length && SPACE.test(text[at])) at += 1;
+  return at;
 }
 
 function markRun(text, at, mark, length) {
@@ -523,7 +580,7 @@ function match(runs) {
       const used = run.mark === "~" ? run.length : strong ? 2 : 1;
       opener.left -= used;
       run.left -= used;
-      opener.begins.unshift(tag);
+      opener.begins.push(tag); // the innermost first
       run.ends.push(tag);
       stack.length = opener.left ? at + 1 : at;
       for (const [name, value] of bottoms) if (value > stack.length) bottoms.set(name, stack.length);
@@ -553,10 +610,10 @@ function assemble(pieces, parent) {
     if (piece.ends) {
       for (const _ of piece.ends) parents.pop();
       if (piece.left) parents.at(-1).append(piece.mark.repeat(piece.left));
-      for (const tag of piece.begins) enter(() => h(tag));
+      for (const tag of piece.begins.reverse()) enter(() => h(tag));
     } else if (piece.open) {
       const { address, title, image } = piece.open;
-      const within = parents.some((node) => node.tagName === "A");
+      const within = parents.at(-1).closest("a");
       enter(() => (within ? h("span") : link(address, image ? "Image: " : "", title)));
     } else if (piece.close) parents.pop();
     else if (piece.node) parents.at(-1).append(piece.node());

@@ -1,10 +1,13 @@
 // One conversation: its messages, the answer that is coming, and the box to write in.
 
 import * as api from "./api.js";
-import { announce, copyButton, fullMoment, h, icon, iconButton, kept, number, seconds, spent, when } from "./dom.js";
+import { announce, copyButton, fullMoment, h, icon, iconButton, kept, number, requestNote, seconds, spent, when } from "./dom.js";
 import { Markdown, codeBlock } from "./markdown.js";
 
 const POLL = 1500;
+// The second click of a double click on Send falls on Stop, and does not mean it.
+const DOUBLE_CLICK = 500;
+const TITLE = 60;
 const draftName = (id) => `draft:${id ?? "new"}`;
 
 /** The words of a message; parts that are no text are named. */
@@ -14,14 +17,21 @@ export function plain(content) {
   return content.map((part) => part.text ?? `[${(part.type ?? "part").replace("_url", "")}]`).join("\n");
 }
 
+/** Whether there is anything to send: white space and marks that nobody sees are nothing. */
+const hasWords = (text) => /[^\s\p{Cc}\p{Cf}\u2800\u3164]/u.test(text);
+
+/** What the service calls a conversation that begins with these words. */
+const titleFrom = (text) => [...text.trim().replace(/\s+/g, " ")].slice(0, TITLE).join("");
+
 /** Tokens and dollars of answers together; null as soon as one is unknown. */
 export function sumOf(messages) {
   // Without usage and at no cost: nothing was paid for it here.
   const paid = messages.filter(({ role, usage, cost }) => role === "assistant" && !(!usage && Number(cost) === 0 && cost !== null));
   const total = (name) => paid.reduce((sum, { usage }) => sum + (usage[name] ?? 0), 0);
   const names = ["prompt_tokens", "completion_tokens", "total_tokens"];
-  const told = paid.length && paid.every(({ usage }) => usage && usage.total_tokens !== null);
+  const told = paid.length > 0 && paid.every(({ usage }) => usage && usage.total_tokens !== null);
   return {
+    paid: paid.length > 0,
     usage: told ? Object.fromEntries(names.map((name) => [name, total(name)])) : null,
     cost: paid.length && paid.every(({ cost }) => cost !== null) ? paid.reduce((sum, { cost }) => sum + Number(cost), 0) : null,
   };
@@ -37,6 +47,9 @@ function pretty(text) {
 }
 
 const isJson = (text) => /^\s*[[{]/.test(text) && pretty(text) !== text;
+
+/** Whether the service will not take a message as it is, whoever asks and when. */
+const isRefusal = ({ status }) => [400, 403, 404, 413, 415, 422].includes(status);
 
 /** An answer: what the model said, thought and called between two messages of a person. */
 class Answer {
@@ -72,7 +85,7 @@ class Answer {
   say(text) {
     this.stopWaiting();
     if (!this.text) {
-      const root = h("div", { class: "markdown" });
+      const root = h("div", { class: "markdown", dir: "auto" });
       this.parts.append(root);
       this.text = new Markdown(root);
       this.text.drawn = () => this.thread.follow();
@@ -84,7 +97,7 @@ class Answer {
   think(text) {
     this.stopWaiting();
     if (!this.thought) {
-      const root = h("div", { class: "markdown" });
+      const root = h("div", { class: "markdown", dir: "auto" });
       const summary = h("span", {}, "Thinking…");
       this.parts.append(h("details", { class: "fold thoughts" }, h("summary", {}, icon("thought"), summary), root));
       this.thought = { markdown: new Markdown(root), summary };
@@ -201,6 +214,9 @@ export class Thread {
     this.live = null; // the answer that is coming over this connection
     this.loading = null; // what is awaited before something is asked: what is shown is to be made anew
     this.latest = 0; // number of the last message that is known to be stored
+    this.unused = false; // made for a first message that has not got into it
+    this.guess = null; // a title that stands until the service's own is known
+    this.asked = -Infinity; // when something was last asked
     this.stuck = true; // to the end, which is followed as it grows
     this.build();
   }
@@ -214,6 +230,7 @@ export class Thread {
     this.box = h("textarea", {
       id: "box",
       rows: "1",
+      dir: "auto",
       "aria-label": "Message",
       placeholder: "Write a message",
       enterkeyhint: matchMedia("(pointer: coarse)").matches ? "enter" : "send",
@@ -224,7 +241,7 @@ export class Thread {
       },
       onkeydown: (event) => this.key(event),
     });
-    this.button = h("button", { type: "button", class: "send", onclick: () => (this.live || this.elsewhere ? this.stop() : this.send()) });
+    this.button = h("button", { type: "button", class: "send", onclick: () => this.press() });
     this.modelSlot = h("span", { class: "model-slot" });
     this.root = h(
       "section",
@@ -244,7 +261,11 @@ export class Thread {
   // What the reader sees
 
   show(conversation) {
+    // Where somebody reads who scrolled up.
+    const place = this.stuck ? null : this.scroller.scrollTop;
     this.conversation = conversation;
+    if (conversation.messages.length) this.unused = false;
+    else if (this.guess) conversation.title ??= this.guess;
     this.latest = conversation.messages.at(-1)?.number ?? 0;
     const nodes = [];
     let answer = null;
@@ -269,7 +290,8 @@ export class Thread {
     if (this.elsewhere) this.waitForOther();
     this.refresh();
     this.app.describe(this);
-    this.toEnd();
+    if (place === null) this.toEnd();
+    else this.scroller.scrollTop = place;
   }
 
   welcome() {
@@ -293,7 +315,7 @@ export class Thread {
 
   person(message) {
     const words = plain(message.content);
-    const text = h("div", { class: "bubble" }, words);
+    const text = h("div", { class: "bubble", dir: "auto" }, words);
     const facts = h("span", { class: "facts" });
     const buttons = h("span", { class: "buttons" });
     const root = h("article", { class: "person", "aria-label": "Your message" }, text, h("footer", {}, facts, buttons));
@@ -323,8 +345,19 @@ export class Thread {
     const label = busy ? "Stop answering" : "Send message";
     this.button.setAttribute("aria-label", label);
     this.button.title = busy ? "Stop (Escape)" : "Send (Enter)";
-    this.button.disabled = busy ? Boolean(this.stopping) : this.held || !this.box.value.trim();
+    this.button.disabled = busy ? Boolean(this.stopping) : this.held || !hasWords(this.box.value);
+    // Not `disabled`: it would lose the focus.
+    this.button.setAttribute("aria-disabled", String(busy && this.justAsked));
     this.button.classList.toggle("busy", busy);
+  }
+
+  get justAsked() {
+    return performance.now() - this.asked < DOUBLE_CLICK;
+  }
+
+  press() {
+    if (!this.live && !this.elsewhere) this.send();
+    else if (!this.justAsked) this.stop();
   }
 
   fit() {
@@ -350,7 +383,7 @@ export class Thread {
     if (focus) this.box.focus();
   }
 
-  notice(text, { kind = "", action, onaction } = {}) {
+  notice(text, { kind = "", action, onaction, error } = {}) {
     clearInterval(this.countdown);
     this.held = false;
     this.status.className = `notice ${kind}`;
@@ -361,7 +394,7 @@ export class Thread {
       this.status.append(
         ...[
           icon(kind === "error" || kind === "warn" ? "warning" : "info"),
-          h("span", {}, text),
+          h("span", { dir: "auto" }, h("span", {}, text), error ? requestNote(error) : null),
           action ? h("button", { type: "button", class: "text-button", onclick: onaction }, action) : null,
           iconButton("close", "Dismiss", () => this.notice("")),
         ].filter(Boolean),
@@ -399,10 +432,11 @@ export class Thread {
     this.refresh();
   }
 
+  /** What was not sent is in the box again, before what was written there meanwhile. */
   giveBack(draft) {
     const written = this.box.value;
     this.box.value = written && written !== draft.text ? `${draft.text}\n${written}` : draft.text;
-    this.draft = this.box.value === draft.text ? draft : null;
+    this.draft = draft.key && this.box.value === draft.text ? draft : null;
     this.keepDraft();
     this.fit();
     this.refresh();
@@ -421,7 +455,7 @@ export class Thread {
   async send({ notice = [""] } = {}) {
     if (!(await this.ready())) return;
     const text = this.box.value;
-    if (!text.trim() || this.held) return;
+    if (!hasWords(text) || this.held) return;
     if (this.live || this.elsewhere) {
       this.notice("The answer before is still being written. Stop it, or wait for its end.");
       return;
@@ -462,22 +496,60 @@ export class Thread {
   }
 
   async create(draft) {
+    const { live } = this;
     draft.creation ??= api.idempotencyKey();
     kept.set(draftName(null), draft);
     try {
-      const made = await api.post("/conversations", {}, { repeatable: draft.creation });
+      const made = await api.post("/conversations", {}, { repeatable: draft.creation, signal: live.controller.signal });
       kept.set(draftName(null), null);
       this.id = made.id;
-      this.conversation = { ...made, messages: made.messages ?? [] };
+      this.unused = true;
+      this.guess = titleFrom(draft.text);
+      this.conversation = { ...made, title: made.title ?? this.guess, messages: made.messages ?? [] };
       kept.set(draftName(this.id), draft);
       this.app.created(this);
-      return true;
     } catch (error) {
       this.finish();
       this.giveBack(draft);
-      this.explain(error, () => this.send());
+      if (live.stopped) this.notSent();
+      else this.explain(error, () => this.send());
       return false;
     }
+    if (!live.stopped) return true;
+    this.finish();
+    await this.unsend(draft);
+    this.notSent();
+    return false;
+  }
+
+  /** Give a message back that is not stored; a conversation that was made for it goes again. */
+  async unsend(draft) {
+    // One that somebody has left keeps its draft, and so its place in the list.
+    const gone = this.unused && this.app.current === this && (await this.meanwhile(this.unmake()));
+    this.giveBack(gone ? { text: draft.text } : draft);
+  }
+
+  async unmake() {
+    const { id } = this;
+    try {
+      await api.remove(api.conversation(id));
+    } catch (error) {
+      if (error.status !== 404) return false;
+    }
+    kept.set(draftName(id), null);
+    this.id = null;
+    this.conversation = null;
+    this.guess = null;
+    this.unused = false;
+    this.latest = 0;
+    this.draft = null;
+    this.app.unmade(this);
+    return true;
+  }
+
+  notSent() {
+    this.notice("Not sent.");
+    announce("Not sent. Your message is in the box again.");
   }
 
   async regenerate() {
@@ -497,7 +569,9 @@ export class Thread {
     answer.root.setAttribute("aria-busy", "true");
     answer.waiting();
     this.list.append(answer.root);
-    this.live = { answer, controller: new AbortController(), began: performance.now() };
+    this.live = { answer, controller: new AbortController(), stopped: false };
+    this.asked = performance.now();
+    setTimeout(() => this.refresh(), DOUBLE_CLICK);
     for (const old of this.list.querySelectorAll(".again")) old.remove();
     this.refresh();
     this.app.mark(this);
@@ -545,7 +619,9 @@ export class Thread {
     if (this.draft === asked.draft) this.draft = null;
     if (this.box.value) this.keepDraft();
     asked.stored = true;
-    asked.again = message.number <= this.latest;
+    this.unused = false;
+    // It is shown already, or something was said in another window that is not.
+    asked.again = message.number !== this.latest + 1;
     this.latest = Math.max(this.latest, message.number);
     this.conversation.messages.push(message);
     const bubble = this.person(message);
@@ -556,7 +632,10 @@ export class Thread {
   turn(answer, { messages }) {
     answer.keep(messages);
     this.latest = messages.at(-1)?.number ?? this.latest;
-    this.conversation.messages.push(...messages);
+    const { conversation } = this;
+    conversation.messages.push(...messages);
+    const { cost, paid } = sumOf(messages);
+    if (paid) conversation.cost = cost === null || conversation.cost === null ? null : Number(conversation.cost) + cost;
     this.app.describe(this);
     if (messages.at(-1)?.role === "tool") answer.waiting();
   }
@@ -577,7 +656,9 @@ export class Thread {
     if (done) {
       this.replaced?.remove();
       this.replaced = null;
-      this.last = answer.messages.length ? answer : null;
+      const came = answer.messages.length > 0;
+      this.last = came ? answer : null;
+      this.conversation.revision = Math.max(this.conversation.revision, done.revision ?? 0);
       if (done.status === "error") {
         await this.reload();
         this.explain(problem ?? new Error("The model gave no answer."), () => this.regenerate());
@@ -585,8 +666,9 @@ export class Thread {
         answer.badge("Partial answer", "warn");
         if (asked.again || stopped) await this.reload();
         else this.offerAgain();
-        if (stopped) this.notice("Stopped. What had come is kept.");
-        else this.notice(problem ? problem.message : "The answer was cut. What had come is kept.", { kind: "warn", ...again });
+        const rest = came ? "What had come is kept." : "Nothing had come.";
+        if (stopped) this.notice(`Stopped. ${rest}`);
+        else this.notice(problem ? problem.message : `The answer was cut. ${rest}`, { kind: "warn", error: problem, ...again });
         announce("The answer was stopped.");
       } else {
         if (asked.again || asked.old) await this.reload();
@@ -596,8 +678,20 @@ export class Thread {
       return;
     }
     if (stopped) {
-      if (await this.reload({ settle: true })) this.notice("Stopped. What had come is kept.");
-      else this.notice("Stopped. The service cannot be reached, so the page shows what had come.", this.reloading("warn"));
+      this.notice("Stopped. Asking the service what it kept…");
+      const known = await this.reload({ settle: true, quiet: true });
+      if (known && !this.isStored(asked)) {
+        await this.unsend(asked.draft);
+        return this.notSent();
+      }
+      if (known && this.elsewhere) this.notice("The service is still stopping the answer.");
+      else if (known) this.notice(`Stopped. ${this.last ? "What had come is kept." : "Nothing had come."}`);
+      else if (asked.stored || !asked.draft) this.notice("Stopped. The service cannot be reached, so the page shows what had come.", this.reloading("warn"));
+      else {
+        asked.bubble.remove();
+        this.giveBack(asked.draft);
+        this.notice("Stopped. The service cannot be reached: perhaps your message had arrived. Sent again, it is not doubled.", this.reloading("warn"));
+      }
       announce("The answer was stopped.");
       return;
     }
@@ -620,7 +714,8 @@ export class Thread {
     } else {
       this.restoreReplaced(asked, answer);
       asked.bubble?.remove();
-      if (asked.draft) this.giveBack(asked.draft);
+      if (asked.draft && isRefusal(failure)) await this.unsend(asked.draft);
+      else if (asked.draft) this.giveBack(asked.draft);
       if (!this.list.childNodes.length) this.list.append(this.welcome());
       if (failure.status === 409) return this.busyElsewhere(failure);
       this.offerAgain();
@@ -635,19 +730,22 @@ export class Thread {
     if (asked.old) this.last = asked.old;
   }
 
-  /** Put the text back into the box if the conversation, just loaded, does not have it. */
-  returnUnlessStored(asked) {
-    const { draft } = asked;
-    if (!draft) return false;
+  /** Whether the conversation, just loaded, has what was said; its draft has done its work then. */
+  isStored({ draft, stored }) {
+    if (!draft) return true;
     const arrived = this.conversation.messages.some(
       (message) => message.role === "user" && message.number > draft.after && plain(message.content) === draft.text,
     );
-    if (asked.stored || arrived) {
-      kept.set(draftName(this.id), null);
-      this.draft = null;
-      return false;
-    }
-    this.giveBack(draft);
+    if (!stored && !arrived) return false;
+    kept.set(draftName(this.id), null);
+    this.draft = null;
+    return true;
+  }
+
+  /** Put the text back into the box if the conversation, just loaded, does not have it. */
+  returnUnlessStored(asked) {
+    if (this.isStored(asked)) return false;
+    this.giveBack(asked.draft);
     return true;
   }
 
@@ -664,26 +762,27 @@ export class Thread {
   /** Say what went wrong, and offer what can be done about it. */
   explain(error, retry) {
     const { status } = error;
-    const id = error.requestId ? ` (request ${error.requestId})` : "";
+    const bad = { kind: "error", error };
     if (error instanceof api.Unreachable) {
       const text = navigator.onLine ? "The service cannot be reached." : "You are offline.";
       this.notice(`${text} Your message is kept here; nothing is sent twice.`, { kind: "error", action: "Try again", onaction: retry });
     } else if (status === 401) this.notice("The service asks for a key. Your message is kept here.", { kind: "warn" });
-    else if (status === 402) this.notice(`The budget does not allow this: ${error.message}`, { kind: "error" });
-    else if (status === 403) this.notice(`Not allowed: ${error.message}`, { kind: "error" });
-    else if (status === 404) this.notice("This conversation does not exist any more.", { kind: "error" });
-    else if (status === 413) this.notice(`Too long: ${error.message}`, { kind: "error" });
-    else if (status === 429) this.hold(error, retry);
-    else this.notice(`${error.message}${id}`, { kind: "error", action: "Try again", onaction: retry });
-    announce(this.status.textContent);
+    else if (status === 402) this.notice(`The budget does not allow this. ${error.message}`, bad);
+    else if (status === 403 || status === 413) this.notice(error.message, bad);
+    else if (status === 404) this.notice("This conversation does not exist any more.", bad);
+    else if (status === 429 && error.retryAfter) this.hold(error, retry);
+    else this.notice(error.message, { ...bad, action: "Try again", onaction: retry });
+    announce(this.status.querySelector("span").firstChild.textContent);
   }
 
   /** Too many requests: count down, then let them go on. */
   hold(error, retry) {
-    let left = Math.ceil(error.retryAfter ?? 0);
+    let left = Math.ceil(error.retryAfter);
+    // The service's own "wait 7 s" would stand beside the count.
+    const text = error.message.replace(/[:,;]? wait [\d.]+ s\.$/, ".");
     const tell = () => {
       if (left > 0) {
-        this.status.querySelector("span").textContent = `Too many requests: ${error.message} Wait ${seconds(left)}.`;
+        this.status.querySelector("span").textContent = `${text} Wait ${seconds(left)}.`;
         left -= 1;
         return;
       }
@@ -704,9 +803,9 @@ export class Thread {
     this.refresh();
     const { live } = this;
     if (live) live.stopped = true;
-    // The stream then ends by itself, with what is stored; a connection that hangs is cut.
+    // The stream then ends by itself, with what is stored; a connection that hangs is cut. What is not
+    // sent yet, because its conversation is being made, is not sent.
     const cut = setTimeout(() => live?.controller.abort(), 1500);
-    if (this.id === null) live?.controller.abort();
     try {
       if (this.id !== null) await api.post(api.conversation(this.id, "/cancel"));
     } catch {
@@ -757,6 +856,16 @@ export class Thread {
     }
   }
 
+  /** Show what was said in another window, if that can be done without taking anything away. */
+  async look() {
+    const busy = () => !this.conversation || this.live || this.loading || this.polling || this.list.querySelector(".editor");
+    if (this.id === null || busy()) return;
+    const found = await api.get(api.conversation(this.id)).catch(() => null);
+    if (!found || busy() || this.app.current !== this) return;
+    const { revision, title } = this.conversation;
+    if (found.revision !== revision || found.title !== title || found.answering) this.show(found);
+  }
+
   /** Show what the service has; with `settle`, once it has finished with an answer that was left. */
   reload(how) {
     return this.meanwhile(this.fetchAgain(how));
@@ -795,7 +904,7 @@ export class Thread {
       this.app.describe(this);
       if (error.status === 404) {
         this.list.append(h("div", { class: "welcome" }, h("h2", {}, "There is no such conversation"), h("p", {}, "It was deleted, or it belongs to somebody else.")));
-      } else this.notice(error.message, { kind: "error", action: "Try again", onaction: () => this.load().then(() => this.notice("")) });
+      } else this.notice(error.message, { kind: "error", error, action: "Try again", onaction: () => this.load().then(() => this.notice("")) });
     }
   }
 
@@ -813,7 +922,7 @@ export class Thread {
 
   edit(root, text, at, words) {
     if (this.live || root.querySelector(".editor")) return;
-    const box = h("textarea", { "aria-label": "Edited message", value: words, rows: Math.min(10, words.split("\n").length + 1) });
+    const box = h("textarea", { dir: "auto", "aria-label": "Edited message", value: words, rows: Math.min(10, words.split("\n").length + 1) });
     const restore = () => {
       editor.replaceWith(text);
       root.querySelector("footer").hidden = false;
@@ -821,7 +930,7 @@ export class Thread {
     };
     const repeatable = api.idempotencyKey();
     const submit = async () => {
-      if (!box.value.trim()) return;
+      if (!hasWords(box.value)) return;
       for (const button of editor.querySelectorAll("button")) button.disabled = true;
       try {
         await this.branch(at, box.value, repeatable);

@@ -1,15 +1,25 @@
 // What was spent, by day and model: a chart for the eye, a table for everyone.
 
 import * as api from "./api.js";
-import { compact, dayName, h, icon, money, number, svg } from "./dom.js";
+import { compact, costOf, dayName, h, icon, money, number, requestNote, svg } from "./dom.js";
 
 const COLOURS = 8;
 const PERIODS = [["7d", "7 days"], ["30d", "30 days"], ["90d", "90 days"]];
 const MEASURES = {
-  cost: { label: "Cost", of: (row) => Number(row.cost ?? 0), show: money },
+  cost: { label: "Cost", of: (row) => Number(row.cost ?? 0), show: money, tell: (rows) => costOf(sumOf(rows)) },
   tokens: { label: "Tokens", of: (row) => (row.prompt_tokens ?? 0) + (row.completion_tokens ?? 0), show: compact },
   calls: { label: "Calls", of: (row) => row.calls, show: number },
 };
+
+/** What several rows cost together; null, if of none it is known. */
+function sumOf(rows) {
+  const known = rows.filter(({ cost }) => cost !== null && cost !== undefined);
+  return {
+    cost: known.length ? known.reduce((sum, { cost }) => sum + Number(cost), 0) : null,
+    unpriced: rows.reduce((sum, { unpriced }) => sum + (unpriced ?? 0), 0),
+  };
+}
+
 let period = "30d";
 let measure = null; // null: cost, if anything had one
 
@@ -27,7 +37,7 @@ async function load(body) {
   } catch (error) {
     if (error.status === 401) return;
     body.replaceChildren(
-      h("p", { class: "notice error", role: "alert" }, icon("warning"), h("span", {}, error.message), h("button", { type: "button", class: "text-button", onclick: () => load(body) }, "Try again")),
+      h("p", { class: "notice error", role: "alert" }, icon("warning"), h("span", {}, error.message, requestNote(error)), h("button", { type: "button", class: "text-button", onclick: () => load(body) }, "Try again")),
     );
   } finally {
     body.removeAttribute("aria-busy");
@@ -80,7 +90,7 @@ function cards({ total }) {
   return h(
     "dl",
     { class: "cards" },
-    card("Cost", total.cost === null || total.cost === undefined ? "unknown" : money(total.cost), total.unpriced ? `${number(total.unpriced)} calls without a known price` : ""),
+    card("Cost", costOf(total), total.unpriced ? `${number(total.unpriced)} ${total.unpriced === 1 ? "call" : "calls"} without a known price` : ""),
     card("Tokens", number(tokens), `${number(total.prompt_tokens ?? 0)} prompt · ${number(total.completion_tokens ?? 0)} completion`),
     card("Calls", number(total.calls ?? 0), total.interrupted ? `${number(total.interrupted)} interrupted` : ""),
   );
@@ -147,7 +157,8 @@ function bars(rows, models, kind, width) {
   days.forEach((day, index) => {
     const x = left + slot * index + (slot - bar) / 2;
     const ofDay = rows.filter((row) => row.day.slice(0, 10) === day);
-    const group = svg("g", { class: "day" }, svg("title", {}, [`${dayName(day)}: ${kind.show(sums.get(day))}`, ...ofDay.map((row) => `${row.model ?? "unknown"}: ${kind.show(kind.of(row))}`)].join("\n")));
+    const told = (some) => (kind.tell && some.length ? kind.tell(some) : kind.show(some.reduce((sum, row) => sum + kind.of(row), 0)));
+    const group = svg("g", { class: "day" }, svg("title", {}, [`${dayName(day)}: ${told(ofDay)}`, ...ofDay.map((row) => `${row.model ?? "unknown"}: ${told([row])}`)].join("\n")));
     group.append(svg("rect", { class: "hover", x: left + slot * index, y: top, width: slot, height: height - top - bottom }));
     let base = 0;
     models.forEach((model, colour) => {
@@ -185,7 +196,7 @@ function table(rows) {
             h("td", { class: "right" }, number(row.calls)),
             h("td", { class: "right" }, number(row.prompt_tokens ?? 0)),
             h("td", { class: "right" }, number(row.completion_tokens ?? 0)),
-            h("td", { class: "right" }, row.cost === null || row.cost === undefined || (row.unpriced && !Number(row.cost)) ? "unknown" : money(row.cost)),
+            h("td", { class: "right" }, costOf(row)),
           ),
         ),
       ),
