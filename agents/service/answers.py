@@ -13,15 +13,14 @@ from decimal import Decimal
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from agents.agent import Agent, Cancel
-from agents.conversation import Conversation
-from agents.service.feed import Feed
+from agents.service.feed import Feed, Pulse
 from agents.service.leases import BusyError, Leases
 from agents.service.logs import request_id
 from agents.service.metrics import Metrics
 from agents.service.problems import Problem, problem_of
 from agents.service.talks import Checkpoint, Talks
 from agents.service.views import message_view, money, total_of, usage_view
-from agents.store import RepeatedError, Stored, StoreError
+from agents.store import RepeatedError, Stored, StoreError, Summary
 from agents.tools import Toolbox
 from agents.types import AgentCancelledError, AgentEvent, Message, TokenUsage, Turn
 from LLM import LLM, Clock, LLMCancelledError, LLMError
@@ -153,23 +152,24 @@ class Answer:
 
     def __init__(
         self,
-        conversation: Conversation,
+        conversation: Summary,
         caller: Any,
         model: str,
         *,
         token: str,
         loop: asyncio.AbstractEventLoop,
+        pulse: Pulse,
         request: str | None,
     ) -> None:
         self.id = conversation.id
-        self.system = conversation.system
+        self.system = conversation.data.get("system")
         self.revision = conversation.revision
         self.caller = caller
         self.model = model
         self.token = token
         self.request = request
         self.cancel = Cancel()
-        self.feed: Feed[Event] = Feed(loop, self.cancel.cancel)
+        self.feed: Feed[Event] = Feed(loop, self.cancel.cancel, pulse)
         self.history: Sequence[Stored] = ()
         self.replacing: int | None = None
         self.stored: list[Stored] = []
@@ -178,10 +178,12 @@ class Answer:
         self._lock = threading.Lock()
         self._pieces: list[str] = []
         self._kept = 0
+        self._last = ""
 
     def say(self, event: str, /, **data: Any) -> None:
-        """An event for those who read."""
-        self.feed.put(Event(event, data))
+        """An event for those who read; words after the first one may wait for the next beat."""
+        self.feed.put(Event(event, data), urgent=event != self._last)
+        self._last = event if event in ("text", "reasoning") else ""
 
     def tell(self, problem: Problem) -> None:
         """An error for those who read."""
@@ -246,6 +248,7 @@ class Answers:
         call: what each call of the model takes: `max_tokens=`, `temperature=` …
         max_turns: calls of the model in one answer.
         threads: what answers run in.
+        pulse: wakes those who read.
         metrics: told of each answer.
     """
 
@@ -262,6 +265,7 @@ class Answers:
         call: dict[str, Any],
         max_turns: int,
         threads: Threads,
+        pulse: Pulse,
         metrics: Metrics,
         clock: Clock,
     ) -> None:
@@ -275,6 +279,7 @@ class Answers:
         self._call = call
         self._max_turns = max_turns
         self._threads = threads
+        self._pulse = pulse
         self._metrics = metrics
         self._clock = clock
         self._running: dict[str, Answer] = {}
@@ -304,7 +309,7 @@ class Answers:
     def say(
         self,
         caller: Any,
-        conversation: Conversation,
+        conversation: Summary,
         content: Any,
         *,
         model: str,
@@ -330,7 +335,7 @@ class Answers:
                 return running
             number = self._talks.find(conversation.id, name)
             if number is not None:
-                return self._again(answer, conversation, number, content)
+                return self._again(answer, number, content)
         with self._taking(answer):
             said = Message(role="user", content=content)
             stored = self._begin(answer, said, name or f"user:{answer.token}")
@@ -342,7 +347,7 @@ class Answers:
     def regenerate(
         self,
         caller: Any,
-        conversation: Conversation,
+        conversation: Summary,
         *,
         model: str,
         loop: asyncio.AbstractEventLoop,
@@ -361,7 +366,7 @@ class Answers:
                 return running
             number = self._talks.find(conversation.id, name)
             if number is not None:
-                stored = conversation.stored
+                stored = self._talks.load(conversation.id)
                 new = _until_user([s for s in stored if s.number >= number])
                 if not new or new[0].number != number:
                     raise _replaced()
@@ -386,12 +391,9 @@ class Answers:
         running = self._running.get(conversation)
         return running if running is not None and running.request == name else None
 
-    def _again(
-        self, answer: Answer, conversation: Conversation, number: int, content: Any
-    ) -> Answer:
+    def _again(self, answer: Answer, number: int, content: Any) -> Answer:
         """What came of a message that was sent before: the same again; if it broke off, it goes on now."""
-        conversation.reload()
-        stored = conversation.stored
+        stored = self._talks.load(answer.id)
         at = next((n for n, s in enumerate(stored) if s.number == number), None)
         if at is None:
             raise _replaced()
@@ -401,7 +403,7 @@ class Answers:
             answer.say("message", **_dumped(stored[at]))
             return self._told(answer, new)
         with self._taking(answer):
-            if self._begin(answer) != list(stored):  # an answer came meanwhile
+            if self._begin(answer) != stored:  # an answer came meanwhile
                 raise _under_way()
             answer.say("message", **_dumped(stored[at]))
             self._tell_turn(answer, list(new))
@@ -421,13 +423,21 @@ class Answers:
     def _made(
         self,
         caller: Any,
-        conversation: Conversation,
+        conversation: Summary,
         model: str,
         request: str | None,
         loop: asyncio.AbstractEventLoop,
     ) -> Answer:
         token = self._clock.new_id()
-        return Answer(conversation, caller, model, token=token, loop=loop, request=request)
+        return Answer(
+            conversation,
+            caller,
+            model,
+            token=token,
+            loop=loop,
+            pulse=self._pulse,
+            request=request,
+        )
 
     @contextmanager
     def _taking(self, answer: Answer) -> Iterator[None]:

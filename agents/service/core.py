@@ -20,7 +20,7 @@ from agents.calculator import calculator
 from agents.context import StableContext
 from agents.conversation import Conversation
 from agents.service.answers import Answers, Threads
-from agents.service.feed import Feed
+from agents.service.feed import Feed, Pulse
 from agents.service.keys import Key, Keys
 from agents.service.leases import Leases
 from agents.service.ledger import Ledger
@@ -29,7 +29,7 @@ from agents.service.middleware import LOOPBACK
 from agents.service.problems import Problem
 from agents.service.settings import Settings
 from agents.service.talks import Talks
-from agents.store import Store, StoreError
+from agents.store import Store, Summary
 from agents.tools import Toolbox
 from agents.types import Message, TokenUsage
 from LLM import (
@@ -117,6 +117,7 @@ class Service:
         self.metrics = Metrics()
         self.threads = Threads(settings.max_answers, self.clock)
         self.leases = Leases(self.store, self.clock)
+        self.pulse = Pulse()
         self.answers = Answers(
             Talks(self.store, self.leases),
             self.leases,
@@ -128,6 +129,7 @@ class Service:
             call={"temperature": settings.temperature, "max_tokens": settings.max_tokens},
             max_turns=settings.max_turns,
             threads=self.threads,
+            pulse=self.pulse,
             metrics=self.metrics,
             clock=self.clock,
         )
@@ -311,24 +313,32 @@ class Service:
         self.metrics.answer_began()
         self.metrics.answer_ended("ok" if complete else "partial", usage, cost)
 
-    def conversation(self, caller: Caller, name: str) -> Conversation:
-        """A conversation of the caller.
+    def summary(self, caller: Caller, name: str) -> Summary:
+        """A conversation of the caller, without its messages.
 
         Raises:
             Problem: 404: there is none, or it is another one's, which is not told.
         """
         try:
-            conversations = self.store.conversations
-            found = self.store.run(
-                lambda _: Conversation(conversations, name, llm=self.llm), write=False
-            )
-        except (StoreError, LLMConfigError) as error:
-            if isinstance(error, StoreError) and error.reason != "missing":
-                raise
+            found = self.store.conversations.get(name)
+        except LLMConfigError:  # it cannot be a name
             found = None
         if found is None or found.owner != caller.owner:
             raise Problem(404, "Not found", "there is no such conversation")
         return found
+
+    def conversation(self, caller: Caller, name: str) -> Conversation:
+        """The same with its messages.
+
+        Raises:
+            Problem: as `summary`.
+        """
+
+        def read(_: Any) -> Conversation:
+            self.summary(caller, name)
+            return Conversation(self.store.conversations, name, llm=self.llm)
+
+        return self.store.run(read, write=False)
 
     async def answer_in_thread(
         self, work: Callable[[Cancel], Iterator[T]]
@@ -342,13 +352,14 @@ class Service:
             Problem: 503: too many are under way.
         """
         cancel = Cancel()
-        feed: Feed[T] = Feed(asyncio.get_running_loop(), cancel.cancel)
+        feed: Feed[T] = Feed(asyncio.get_running_loop(), cancel.cancel, self.pulse)
         trouble: list[Exception] = []
 
         def run() -> None:
             try:
                 for item in work(cancel):
-                    feed.put(item)
+                    # The first piece begins an answer, the second is its first word.
+                    feed.put(item, urgent=len(feed.items) < 2)
             except Exception as error:  # noqa: BLE001 - raised again where it is read
                 trouble.append(error)
             finally:

@@ -20,10 +20,43 @@ T = TypeVar("T")
 # after 60 s.
 KEEP_ALIVE: Final = 15.0
 
+# Seconds between two looks for words after the first: an eye does not see them.
+BEAT: Final = 0.01
+
 # Seconds that a client may leave what is sent unread.
 SEND_SECONDS: Final = 60.0
 
 _COMMENT: Final = b": keep-alive\n\n"
+
+
+class Pulse:
+    """Wakes the readers of many feeds together, each `BEAT` seconds, as long as there are any.
+
+    To wake the loop from a thread is a write to a pipe and a change of threads, which for each word of
+    each of many answers costs more than all the rest.
+    """
+
+    def __init__(self) -> None:
+        self._readers: set[Reader[Any]] = set()
+        self._beating = False
+
+    def join(self, reader: Reader[Any]) -> None:
+        """Look after this reader; called in the event loop."""
+        self._readers.add(reader)
+        if not self._beating:
+            self._beating = True
+            asyncio.get_running_loop().call_later(BEAT, self._beat)
+
+    def leave(self, reader: Reader[Any]) -> None:
+        """It does not read any more."""
+        self._readers.discard(reader)
+
+    def _beat(self) -> None:
+        for reader in list(self._readers):
+            reader.look()
+        self._beating = bool(self._readers)
+        if self._beating:
+            asyncio.get_running_loop().call_later(BEAT, self._beat)
 
 
 class Feed(Generic[T]):
@@ -32,24 +65,34 @@ class Feed(Generic[T]):
     A reader that comes late gets all of it. When the last one goes away before the end, `on_abandoned` is
     called, in the event loop.
 
+    Args:
+        pulse: what wakes readers of things that are not urgent; `None`: all is.
+
     Attributes:
         items: all that was said so far.
         finished: whether that is all.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_abandoned: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_abandoned: Callable[[], object],
+        pulse: Pulse | None = None,
+    ) -> None:
         self.items: list[T] = []
         self.finished = False
+        self.pulse = pulse
         self._loop = loop
         self._on_abandoned = on_abandoned
         self._readers: set[Reader[T]] = set()
         self._lock = threading.Lock()
         self._telling = False
 
-    def put(self, item: T) -> None:
-        """Say something; called by the thread."""
+    def put(self, item: T, *, urgent: bool = True) -> None:
+        """Say something; called by the thread. What is not urgent may wait for the next beat."""
         self.items.append(item)
-        self._tell()
+        if urgent or self.pulse is None:
+            self._tell()
 
     def finish(self) -> None:
         """That was all; called by the thread."""
@@ -60,6 +103,8 @@ class Feed(Generic[T]):
         """A reader from the beginning; called in the event loop. To be closed by who reads."""
         reader = Reader(self)
         self._readers.add(reader)
+        if self.pulse is not None:
+            self.pulse.join(reader)
         return reader
 
     def _tell(self) -> None:
@@ -82,6 +127,8 @@ class Feed(Generic[T]):
     def leave(self, reader: Reader[T]) -> None:
         """Nobody reads there any more."""
         self._readers.discard(reader)
+        if self.pulse is not None:
+            self.pulse.leave(reader)
         if not self._readers and not self.finished:
             self._on_abandoned()
 
@@ -99,6 +146,11 @@ class Reader(Generic[T]):
         """The client went away: reading ends."""
         self._gone = True
         self.wake()
+
+    def look(self) -> None:
+        """Go on reading, if there is something new."""
+        if self._waiting is not None and self._at < len(self._feed.items):
+            self.wake()
 
     def wake(self, *, said: bool = True) -> None:
         """Go on reading; `said`: not because of a long pause."""

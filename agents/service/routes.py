@@ -257,7 +257,7 @@ async def say(
     service, loop = _service(request), asyncio.get_running_loop()
 
     def begin() -> Answer:
-        conversation = service.conversation(caller, id)
+        conversation = service.summary(caller, id)
         model = service.checked_model(body.model)
         return service.answers.say(
             caller, conversation, body.content, model=model, request=key, loop=loop
@@ -283,7 +283,7 @@ async def regenerate(
     service, loop = _service(request), asyncio.get_running_loop()
 
     def begin() -> Answer:
-        conversation = service.conversation(caller, id)
+        conversation = service.summary(caller, id)
         model = service.checked_model(body.model if body else None)
         return service.answers.regenerate(caller, conversation, model=model, loop=loop, request=key)
 
@@ -314,7 +314,7 @@ def branch(
 def cancel(request: Request, caller: Asking, id: Id) -> Cancelled:  # noqa: A002
     """Stop the answer that is being written; what there is of it is stored as `partial`."""
     service = _service(request)
-    service.conversation(caller, id)
+    service.summary(caller, id)
     return Cancelled(cancelled=service.answers.cancel(id))
 
 

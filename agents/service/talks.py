@@ -47,6 +47,10 @@ class Talks:
         """The number of the message that was written under this name."""
         return self._conversations.find_request(conversation, name)
 
+    def load(self, conversation: str) -> list[Stored]:
+        """The whole conversation."""
+        return list(self._conversations.load(conversation)[1])
+
     def begin(
         self, conversation: str, token: str, said: Message | None = None, name: str = ""
     ) -> list[Stored]:
