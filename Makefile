@@ -4,7 +4,7 @@
 # What .venv is made with, and .venv-lowest: the oldest pydantic has wheels up to Python 3.13.
 PYTHON ?= python3
 LOWEST_PYTHON ?= $(shell for p in python3.10 python3.11; do $$p -c '' 2>/dev/null && echo $$p && exit; done; echo $(PYTHON))
-# More arguments for demo, demo-budget, serve, test, test-lowest and bench.
+# More arguments for demo, demo-batch, demo-budget, serve, test, test-lowest and bench.
 ARGS ?=
 
 PY := .venv/bin/python
@@ -29,6 +29,9 @@ demo: .venv/core  ## a short streamed talk, through a local server
 demo-budget: .venv/core  ## 200 calls, paced, budgeted, cached and reported, through a local server
 	@$(PY) -m LLM demo budget $(ARGS)
 
+demo-batch: .venv/core  ## 5,000 prompts, killed half-way, and resumed, through a local server
+	@$(PY) -m LLM demo batch $(ARGS)
+
 # A model of your own: AGENTS_LOCAL=false make serve, with what `python -m agents serve --help` tells of.
 serve: .venv/serve  ## the chat service with a stand-in model, in data/chat.db; prints its address
 	@mkdir -p data
@@ -36,7 +39,7 @@ serve: .venv/serve  ## the chat service with a stand-in model, in data/chat.db; 
 
 test: .venv/dev  ## run all tests, then ask for 95 % branch coverage
 	@$(PY) -m coverage erase
-	@$(PY) -m pytest -n auto --cov --cov-report= $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadgroup --cov --cov-report= $(ARGS)
 	@$(MAKE) --no-print-directory cover
 
 cover: .venv/dev  ## what the last `make test` did not run; fails below 95 %
@@ -60,7 +63,7 @@ bench: .venv/dev  ## measure against other clients; writes docs/benchmarks.md
 	@$(PY) bench/run.py $(ARGS)
 
 test-lowest: .venv-lowest/dev  ## all tests, with the oldest dependencies that pyproject.toml allows
-	@.venv-lowest/bin/python -m pytest -n auto --deselect tests/test_docs.py::test_the_documentation_builds_without_a_warning $(ARGS)  # Sphinx stumbles over pydantic 2.10
+	@.venv-lowest/bin/python -m pytest -n auto --dist loadgroup --deselect tests/test_docs.py::test_the_documentation_builds_without_a_warning $(ARGS)  # Sphinx stumbles over pydantic 2.10
 
 soak: .venv/dev  ## 20,000 calls, one in ten faulty: nothing may be left behind
 	@LLM_SOAK_CALLS=20000 $(PY) -m pytest -q --timeout 600 tests/test_soak.py $(ARGS)
@@ -73,7 +76,7 @@ clean:  ## remove all that these targets made
 	$(call venv,.venv,$(PYTHON))
 
 .venv/core: pyproject.toml | .venv/bin/python
-	@echo 'installing …'; $(PY) $(PIP) --editable '.[cli]'
+	@echo 'installing …'; $(PY) $(PIP) --editable '.[cli,progress]'
 	@touch $@
 
 .venv/serve: pyproject.toml | .venv/bin/python

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from LLM.commands.batch import batch
 from LLM.commands.chat import chat
 from LLM.commands.compare import compare
 from LLM.commands.demo import DEMOS, demo
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 not understood or not usable as configured, 130 Ctrl-C.
     """
+    _open_what_is_closed()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # What a model says, or a file holds, need not fit the terminal's encoding.
         if hasattr(stream, "reconfigure"):
@@ -79,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"{what}{error.strerror or error}")
         return FAILED
     return code
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the caller closed (`2>&-`) lead nowhere, and no file gets their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - till the end
+            setattr(sys, name, nowhere)
 
 
 def _discard_output() -> None:
@@ -278,6 +288,10 @@ def _add_env(group: Any) -> None:
 def _add_wishes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to answer")
     group.add_argument("-s", "--system", metavar="TEXT", help="instructions put before everything")
+    _add_sampling_to(group)
+
+
+def _add_sampling_to(group: Any) -> None:
     group.add_argument(
         "-t",
         "--temperature",
@@ -286,6 +300,10 @@ def _add_wishes(parser: argparse.ArgumentParser) -> None:
         help="0.0 to 2.0; 'none' for the model's own",
     )
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_sampling_to(parser.add_argument_group("how to answer, where a line does not say"))
 
 
 def _add_form(parser: argparse.ArgumentParser) -> None:
@@ -321,6 +339,58 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--token-delay", type=float, default=0.0, metavar="SECONDS", help="wait between two tokens"
+    )
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input",
+        metavar="FILE",
+        help="calls in OpenAI's batch format, a JSON object for each line; - for standard input",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        default=None,
+        metavar="FILE",
+        help="where answers go, in OpenAI's format; - for standard output, which cannot be resumed",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="go on with an output that is begun"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=_whole,
+        default=16,
+        metavar="N",
+        help="calls at a time (%(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_above_zero(float),
+        default=None,
+        metavar="USD",
+        help="stop before more than this is spent",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="count items and tokens and price them; send nothing",
+    )
+    parser.add_argument(
+        "--via",
+        type=_one_of("calls", "batch"),
+        default="calls",
+        metavar="HOW",
+        help="calls, or batch: the provider's batch API, at its lower price, within a day",
+    )
+    parser.add_argument(
+        "--on-bad-line",
+        type=_one_of("skip", "stop"),
+        default="skip",
+        metavar="WHAT",
+        help="what a line that is no call does: skip (it is told and left out) or stop",
     )
 
 
@@ -368,6 +438,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="about how long it takes (%(default)s)",
     )
+    parser.add_argument_group("batch").add_argument(
+        "--items", type=_above_zero(int), default=5000, metavar="N", help="%(default)s"
+    )
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
@@ -390,6 +463,13 @@ def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no such number above 0")
 
     return checked
+
+
+def _whole(text: str) -> int:
+    with suppress(ValueError):
+        if 1 <= int(text) <= 10_000:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10,000")
 
 
 def _port(text: str) -> int:
@@ -470,6 +550,11 @@ _COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str, _Options
         compare,
         "ask several models the same, side by side",
         (_add_words, _add_places, _add_wishes, _add_form),
+    ),
+    "batch": (
+        batch,
+        "answer a file of calls, several at a time; what is answered survives a crash",
+        (_add_batch, _add_place, _add_sampling),
     ),
     "models": (_models, "list the models that a server offers", (_add_place, _add_form)),
     "serve": (_serve, "run a server here: a stand-in model, or a GGUF file", (_add_listening,)),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from decimal import Decimal
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from LLM.commands.shared import (
@@ -309,8 +314,93 @@ def _check(screen: Screen, client: Any, seen: int, watch: _Watch) -> int:
     return OK
 
 
+# Many prompts: killed half-way, and resumed.
+
+_CONCURRENCY = 16
+# What is run, and killed, and run again. The bar is tqdm's, if that is installed.
+_MAP = """
+import os, signal, sys
+from LLM.client import LLM
+
+url, journal, items, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+questions = [f"What is {number} x 3?" for number in range(items)]
+try:
+    import tqdm
+except ImportError:
+    bar = None
+else:
+    bar = True
+resumed = 0
+with LLM(base_url=url) as client:
+    with client.map(questions, journal=journal, concurrency=%d, progress=bar) as results:
+        for number, result in enumerate(results):
+            if result.index == last:
+                os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+            assert result.text == f"{number} * 3 = {number * 3}.", result
+            resumed += result.resumed
+print(items, resumed)
+"""
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from LLM.testing import LocalServer
+
+    screen, items = screen_for(args), args.items
+    screen.say(
+        f"{items:,} prompts, {_CONCURRENCY} at a time, to a stand-in model on this machine.", "dim"
+    )
+    with LocalServer() as server, TemporaryDirectory() as folder:
+        journal = Path(folder) / "run.jsonl"
+        screen.say(f"\nThe first run kills itself at item {items // 2:,}.", "bold")
+        first = _mapped(server.url, journal, items, items // 2)
+        lines = max(0, len(_finished(journal)))
+        before = len(server.requests)
+        screen.say(
+            f"Signal {-first.returncode} ended it after {before:,} requests, "
+            f"with {lines:,} answers in the journal."
+        )
+        screen.say("\nThe same again:", "bold")
+        second = _mapped(server.url, journal, items, -1)
+        if second.returncode:
+            screen.problem(f"the second run failed: {second.stdout.decode(errors='replace')}")
+            return FAILED
+        done, resumed = map(int, second.stdout.split())
+        screen.say(f"It handed out {done:,} answers, {resumed:,} of them from the journal.")
+        asked = Counter(request.json["messages"][-1]["content"] for request in server.requests)
+        return _add_up(screen, items, asked, _finished(journal))
+
+
+def _mapped(url: str, journal: Path, items: int, last: int) -> subprocess.CompletedProcess[bytes]:
+    program = [sys.executable, "-c", _MAP % _CONCURRENCY, url, str(journal), str(items), str(last)]
+    sys.stdout.flush()
+    return subprocess.run(program, stdout=subprocess.PIPE, check=False)  # noqa: S603 - our own
+
+
+def _finished(journal: Path) -> list[int]:
+    """The items in a journal; a line that was torn by the kill is none."""
+    lines = journal.read_bytes().split(b"\n")[1:-1]
+    return [json.loads(line)["key"] for line in lines]
+
+
+def _add_up(screen: Screen, items: int, asked: Counter[str], finished: list[int]) -> int:
+    """Whether each item was answered once, by the server's own count."""
+    requests, twice = asked.total(), sum(times > 1 for times in asked.values())
+    once = sorted(finished) == list(range(items))
+    screen.say(
+        f"\nThe server saw {requests:,} requests = {items:,} items + {requests - items:,} again, "
+        f"which were in flight at the kill (at most {_CONCURRENCY}).",
+        "bold",
+    )
+    if len(asked) != items or requests - items != twice or twice > _CONCURRENCY or not once:
+        screen.problem("an item is missing, or was answered more than once")
+        return FAILED
+    screen.say(f"The journal holds each of the {items:,} answers once.", "bold")
+    return OK
+
+
 # Each: what shows it, and what it is.
 DEMOS: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "talk": (_talk, "a short talk; the default"),
     "budget": (_budget, "many calls, paced, budgeted, cached and counted"),
+    "batch": (_batch, "many prompts, killed half-way and resumed"),
 }

@@ -57,7 +57,7 @@ def config_of(args: argparse.Namespace, stack: ExitStack) -> Any:
     if getattr(args, "local", False):
         from LLM.testing import LocalServer
 
-        pace = READING_PACE if sys.stdout.isatty() else 0.0
+        pace = READING_PACE if sys.stdout is not None and sys.stdout.isatty() else 0.0
         server = stack.enter_context(LocalServer(token_delay=pace))
         return LLMConfig(**{"model": server.models[0], **given, "base_url": server.url})
     config = LLMConfig.from_env(dotenv_of(args), **given)
