@@ -88,6 +88,7 @@ class WireRequest(NamedTuple):
     body: bytes | None
     credential: tuple[str, str] | None = None  # (header, what stands before the key)
     key: SecretStr | None = None
+    once: bool = False  # never sent twice, not even where a pooled connection was stale
 
 
 class WireResponse(NamedTuple):

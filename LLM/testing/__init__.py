@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
+    "BatchDesk",
     "CassetteError",
     "CassetteMiss",
     "FAULTS",
@@ -25,6 +26,7 @@ _CASSETTE = ("CassetteError", "CassetteMiss", "record", "replay", "use_cassette"
 
 _MODULES = {
     **dict.fromkeys(__all__, "LLM.testing.server"),
+    "BatchDesk": "LLM.testing.batches",
     **dict.fromkeys(("FAULTS", "FaultServer"), "LLM.testing.faults"),
     **dict.fromkeys(_CASSETTE, "LLM.testing.cassette"),
     **dict.fromkeys(("NetworkBlocked", "block_network"), "LLM.testing.network"),

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from LLM.testing.batches import BatchDesk
 from LLM.testing.dialects import CHAT, COMPLETIONS, MESSAGES, Ask, Dialect, RefusedError, encoded
 from LLM.testing.model import (
     Answer,
@@ -154,7 +155,7 @@ def _scripts(replies: Iterable[Scripted] | Scripted | None) -> Iterator[_Script 
 
 
 class LocalServer:
-    """A server on loopback that speaks chat completions, completions, models and messages.
+    """A server on loopback that speaks chat completions, completions, models, messages and batches.
 
     A deterministic stand-in model answers, or what was scripted. Any model name is served::
 
@@ -172,6 +173,9 @@ class LocalServer:
         models: Names that the list of models shows.
         latency: Seconds before each answer.
         token_delay: Seconds between two events of a stream.
+
+    Attributes:
+        batches: How its batches go; see `BatchDesk`.
     """
 
     def __init__(
@@ -190,6 +194,7 @@ class LocalServer:
         self.models = tuple(models)
         self.latency = latency
         self.token_delay = token_delay
+        self.batches = BatchDesk()
         self._api_key = api_key
         # Re-entrant, for a generator of replies that looks at the requests.
         self._lock = threading.RLock()
@@ -339,14 +344,16 @@ class LocalServer:
         except RefusedError as error:
             response = _json_response(dialect.error(error, serial), error.status)
             if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
-                response = response.with_headers({"allow": _METHODS[path]})
+                allowed = self.batches.allowed(path) or (_METHODS[path],)
+                response = response.with_headers({"allow": ", ".join(allowed)})
         id_header = {dialect.request_id_header: dialect.request_id(serial)}
         return replace(response, headers={**id_header, **response.headers})
 
     def _routed(self, received: Received, path: str, dialect: Dialect, serial: int) -> _Response:
-        if path not in _METHODS:
+        allowed = self.batches.allowed(path)
+        if path not in _METHODS and not allowed:
             raise RefusedError(f"Invalid URL ({received.method} {path})", status=404)
-        if received.method != _METHODS[path]:
+        if received.method not in (allowed or (_METHODS[path],)):
             raise RefusedError(f"Not allowed to {received.method} on {path}.", status=405)
         if path == "/health":
             return _json_response({"status": "ok"})
@@ -357,10 +364,42 @@ class LocalServer:
             response = script.response(dialect, serial)
         elif ask:
             response = self._generated(ask, script, dialect, serial)
+        elif allowed:
+            response = self._batched(received, path, dialect)
         else:
             response = _json_response(dialect.models(self.models))
         delay = self.latency + (script.delay if script else 0.0)
         return replace(response, delay=delay).with_headers(script.headers if script else {})
+
+    def _batched(self, received: Received, path: str, dialect: Dialect) -> _Response:
+        if dialect is CHAT and path.startswith("/v1/messages"):
+            raise RefusedError("anthropic-version: header is required")
+
+        def answer(path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+            """What a request of a batch gets: as if it came alone."""
+            single = replace(received, method="POST", path=path, body=encoded(body), json=body)
+            dialect = _dialect(single, path)
+            with self._lock:
+                self._serial += 1
+                serial = self._serial
+            try:
+                if path not in _GENERATING:
+                    raise RefusedError(f"Invalid URL (POST {path})", status=404)
+                ask = replace(dialect.read(_parsed(single, dialect)), stream=False)
+                script = self._next_script(single, generating=True)
+                if script and script.raw:
+                    response = script.response(dialect, serial)
+                else:
+                    response = self._generated(ask, script, dialect, serial)
+            except RefusedError as error:
+                return error.status, dialect.error(error, serial)
+            return response.status, _json_or_none(response.body) or {}
+
+        query = received.path.partition("?")[2]
+        kind, body = self.batches.respond(
+            received.method, path, query, received.headers, received.body, answer
+        )
+        return _Response(200, {"content-type": kind}, body)
 
     def _authenticate(self, received: Received, dialect: Dialect) -> None:
         if self._api_key is None:
