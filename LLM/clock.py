@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 import uuid
 from datetime import datetime, timezone
 
+from LLM.cancel import current_scope, woken
 from LLM.forks import renew_after_fork
 
 
@@ -22,9 +24,15 @@ class Clock:
         return utc_now()
 
     def sleep(self, seconds: float) -> None:
-        """Wait, at least `seconds` (0 and less: not at all)."""
-        if seconds > 0:
+        """Wait, at least `seconds` (0 and less: not at all); less only if what waits is cancelled."""
+        if seconds <= 0:
+            return
+        if current_scope() is None:
             time.sleep(seconds)
+            return
+        over = threading.Event()
+        with woken(over.set):
+            over.wait(seconds)
 
     def new_id(self) -> str:
         """A string that no other call of any process has."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
+from LLM.cancel import cancelled
 from LLM.clock import Clock
 from LLM.errors import (
     Attempt,
@@ -356,11 +357,11 @@ def afford(
             target = job.call.target
             names = target.host.name, target.model
             try:
-                reservation = reserve_all(limits, *_worst_case(job, limits, prices))
+                reservation = reserve_all(limits, *worst_case(job, limits, prices))
             except LLMBudgetError:
                 # The estimate is on the safe side; perhaps the true count fits.
                 job = job._replace(prompt=count(job.call, exact=True))
-                reservation = reserve_all(limits, *_worst_case(job, limits, prices))
+                reservation = reserve_all(limits, *worst_case(job, limits, prices))
             try:
                 outcome = handler(job)
             except LLMError as error:
@@ -448,6 +449,10 @@ def exchange(transport: Transport, clock: Clock) -> Handler:
     def exchanged(job: Job) -> Any:
         call, provider = job.call, job.provider
         try:
+            if cancelled():
+                stopped = LLMCancelledError("cancelled before anything was sent")
+                stopped.unsent = True
+                raise stopped
             if call.deadline_at is not None and clock.now() >= call.deadline_at:
                 late = LLMTimeoutError(
                     "the deadline had passed before anything was sent", clock="deadline"
@@ -510,10 +515,13 @@ def _sent(job: Job) -> SentRequest:
     )
 
 
-def _worst_case(
-    job: Job, limits: Sequence[Budget], prices: Pricing
+def worst_case(
+    job: Job, limits: Sequence[Budget], prices: Pricing, *, batch: bool = False
 ) -> tuple[Decimal | None, int | None]:
     """The most that an attempt can cost, in US dollars and in tokens; `None` where that is unknown.
+
+    Args:
+        batch: it goes through the provider's batch interface.
 
     Raises:
         LLMBudgetError: nothing says how long the answer may become.
@@ -544,7 +552,8 @@ def _worst_case(
                 model=target.model,
             )
         return None, None
-    return prices.worst_case(*names, prompt, completion), prompt + completion
+    cost = prices.worst_case(*names, prompt, completion, batch=batch)
+    return cost, prompt + completion
 
 
 def _identity(job: Job) -> tuple[str, str, str]:

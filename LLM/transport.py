@@ -13,6 +13,7 @@ import errno
 import http.client
 import ipaddress
 import logging
+import os
 import queue
 import socket
 import ssl
@@ -34,7 +35,9 @@ from urllib3 import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.response import HTTPResponse
+from urllib3.util.wait import wait_for_write
 
+from LLM.cancel import CancelScope, current_scope, woken
 from LLM.clock import Clock
 from LLM.config import LLMConfig, environment_ca_bundle
 from LLM.errors import (
@@ -86,6 +89,7 @@ class Exchange:
         "due",
         "fresh_only",
         "reused",
+        "scope",
         "sent",
         "socket",
         "stopped",
@@ -103,6 +107,7 @@ class Exchange:
         self.timeout: float | None = None  # seconds, for the message
         self.fresh_only = False  # do not take a pooled connection
         self.socket: Any = None
+        self.scope: CancelScope | None = None  # what can cancel it
         self._finished = False
         self._lock = threading.Lock()
 
@@ -135,6 +140,12 @@ class Exchange:
             self._finished = True
             self.socket = None
         WATCHDOG.unwatch(self)
+        if self.scope is not None:
+            self.scope.discard(self)
+
+    def cancel(self) -> None:
+        """Stop it because somebody wants it so."""
+        self.stop("cancelled")
 
 
 def _shut_down(sock: Any) -> None:
@@ -533,7 +544,7 @@ def _connect(wire: HTTPConnection, exchange: Exchange) -> socket.socket:
             if wire.source_address:
                 sock.bind(wire.source_address)
             exchange.attach(sock)
-            sock.connect(address)
+            _reach(sock, address, exchange)
             sock.settimeout(None if seconds == FOREVER else max(end - clock.now(), 0.001))
             return sock
         except OSError as error:
@@ -544,6 +555,21 @@ def _connect(wire: HTTPConnection, exchange: Exchange) -> socket.socket:
             wire, f"no connection to {host} in {seconds} s"
         )
     raise urllib3.exceptions.NewConnectionError(wire, str(failure)) from failure
+
+
+def _reach(sock: socket.socket, address: Any, exchange: Exchange) -> None:
+    """Connect, within the socket's timeout; a stop that comes before there is anything to stop counts."""
+    timeout = sock.gettimeout()
+    sock.settimeout(0)
+    code = sock.connect_ex(address)
+    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+        exchange.attach(sock)  # from now on a stop reaches it
+        if not wait_for_write(sock, timeout):
+            raise TimeoutError("timed out")
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code or exchange.stopped:
+        raise OSError(code, os.strerror(code)) if code else OSError("stopped")
+    sock.settimeout(timeout)
 
 
 def _resolve(host: str, port: int, seconds: float) -> list[Any]:
@@ -562,7 +588,8 @@ def _resolve(host: str, port: int, seconds: float) -> list[Any]:
 
     threading.Thread(target=look_up, name="LLM-resolver", daemon=True).start()
     try:
-        answer = answers.get(timeout=None if seconds == FOREVER else max(seconds, 0.001))
+        with woken(lambda: answers.put(OSError("stopped"))):
+            answer = answers.get(timeout=None if seconds == FOREVER else max(seconds, 0.001))
     except queue.Empty:
         raise TimeoutError(f"looking up {host} took more than {seconds:.1f} s") from None
     if isinstance(answer, OSError):
@@ -784,6 +811,10 @@ class Transport:
         if call.timeout is not None:
             exchange.limit(now + call.timeout, clock)
         WATCHDOG.watch(exchange)
+        scope = current_scope()
+        if scope is not None:
+            exchange.scope = scope
+            scope.add(exchange, exchange.cancel)
         return exchange
 
     def _answer(self, request: WireRequest, exchange: Exchange, call: Call) -> Any:
@@ -794,7 +825,7 @@ class Transport:
 
     def _fetch(self, request: WireRequest, exchange: Exchange, call: Call) -> Any:
         """The same from the network. A stale connection costs one immediate resend."""
-        for last in (False, True):
+        for last in (True,) if request.once else (False, True):
             exchange.fresh_only = last
             failure = self._try(request, exchange, call)
             if not isinstance(failure, LLMError):
@@ -1000,7 +1031,7 @@ class WireStream:
 
     def cancel(self) -> None:
         """Stop it from any thread."""
-        self._exchange.stop("cancelled")
+        self._exchange.cancel()
 
     def close(self) -> None:
         """Let go of the connection: back to the pool if the response was read to its end, else closed."""
