@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING
 from LLM.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from LLM.aio import AsyncLLM as AsyncLLM
+    from LLM.aio import AsyncStream as AsyncStream
+    from LLM.batch import MapProgress as MapProgress
+    from LLM.batch import MapResult as MapResult
+    from LLM.batch import MapRun as MapRun
+    from LLM.batches import Batches as Batches
+    from LLM.batches import BatchResults as BatchResults
+    from LLM.cancel import CancelScope as CancelScope
     from LLM.client import LLM as LLM
     from LLM.clock import Clock as Clock
     from LLM.config import LLMConfig as LLMConfig
@@ -84,6 +92,7 @@ if TYPE_CHECKING:
     from LLM.errors import (
         classify_error as classify_error,
     )
+    from LLM.journal import JournalError as JournalError
     from LLM.output import InvalidOutputError as InvalidOutputError
     from LLM.output import Output as Output
     from LLM.output import Parsed as Parsed
@@ -104,6 +113,8 @@ if TYPE_CHECKING:
     from LLM.policies.usage import ModelUsage as ModelUsage
     from LLM.policies.usage import UsageTotals as UsageTotals
     from LLM.prices import Price as Price
+    from LLM.providers.batches import Batch as Batch
+    from LLM.providers.batches import BatchCounts as BatchCounts
     from LLM.stream import Stream as Stream
     from LLM.telemetry import AttemptFailed as AttemptFailed
     from LLM.telemetry import CallFinished as CallFinished
@@ -167,6 +178,10 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "LLM.batch": ("MapProgress", "MapResult", "MapRun"),
+    "LLM.batches": ("BatchResults", "Batches"),
+    "LLM.aio": ("AsyncLLM", "AsyncStream"),
+    "LLM.cancel": ("CancelScope",),
     "LLM.client": ("LLM",),
     "LLM.clock": ("Clock",),
     "LLM.config": ("LLMConfig",),
@@ -194,6 +209,7 @@ _MODULES = {
         "LLMTimeoutError",
         "classify_error",
     ),
+    "LLM.journal": ("JournalError",),
     "LLM.output": ("InvalidOutputError", "Output", "Parsed", "ParsedStream"),
     "LLM.policies.budget": ("Book", "Budget"),
     "LLM.policies.cache": ("ResponseCache",),
@@ -202,6 +218,7 @@ _MODULES = {
     "LLM.policies.spending": ("Amount", "Receipt", "Spending", "Standing"),
     "LLM.policies.usage": ("ModelUsage", "UsageTotals"),
     "LLM.prices": ("Price",),
+    "LLM.providers.batches": ("Batch", "BatchCounts"),
     "LLM.telemetry": ("AttemptFailed", "CallFinished", "CallStarted", "Waited", "audit"),
     "LLM.tokens": ("TokenCount", "context_window", "count_tokens"),
     "LLM.policies.retry": ("RetryPolicy", "retry_with_backoff"),

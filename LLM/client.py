@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from decimal import Decimal
+from functools import partial
+from importlib import import_module
+from operator import length_hint
 from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
+from LLM.batch import Key, MapRun, Progress, Prompt, Results, ThreadedMap, job_of, tasks
+from LLM.batch_run import BatchRun
+from LLM.batches import Batches, BatchMemory, Lent
+from LLM.cancel import calling_thread
 from LLM.clock import Clock
 from LLM.config import (
     LLMConfig,
@@ -21,6 +29,7 @@ from LLM.config import (
 )
 from LLM.errors import LLMBudgetError, LLMConfigError, LLMError, LLMTimeoutError
 from LLM.forks import renew_after_fork
+from LLM.journal import Journal
 from LLM.output import Asking, Output, OutputMode, Parsed, ParsedStream
 from LLM.pipeline import (
     Done,
@@ -62,6 +71,7 @@ from LLM.types import (
     Message,
     ModelsResponse,
     Reply,
+    TokenUsage,
     Unset,
 )
 
@@ -114,7 +124,8 @@ def _check(name: str, check: Callable[[Any], object], value: Any) -> None:
 _deadline: ContextVar[float | None] = ContextVar("LLM deadline", default=None)
 
 
-def _nearest(deadline_at: float | None) -> float | None:
+def nearest_deadline(deadline_at: float | None) -> float | None:
+    """When a call that ends at `deadline_at` (`None`: whenever) has to end, here and now."""
     outer = _deadline.get()
     if outer is None or deadline_at is None:
         return outer if deadline_at is None else deadline_at
@@ -144,6 +155,7 @@ class _Ledger:
         self.totals = UsageTotals(clock=clock)
         self.estimator = TokenEstimator()
         self.output_modes: dict[tuple[str, str], str] = {}  # of `parse`; by address and model
+        self.batches = BatchMemory()
         self._blocks: tuple[_Block, ...] = ()
         self.after_fork()
         self.reset()
@@ -177,7 +189,7 @@ class _Ledger:
         """Those of the open blocks inside which this thread may have been started."""
         if not self._blocks:
             return ()
-        thread = threading.current_thread()
+        thread = calling_thread()
         return tuple(block.budget for block in self._blocks if thread not in block.before)
 
     def note(self, outcome: Done | Stream | None) -> None:
@@ -194,6 +206,24 @@ def _as_messages(messages_or_text: Any) -> Any:
     if isinstance(messages_or_text, str):
         return [{"role": "user", "content": messages_or_text}]
     return messages_or_text
+
+
+def _merged(call: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of a map: the item's own beat those of all."""
+    merged = {**call, **request}
+    if "extra_body" in call and "extra_body" in request:
+        merged["extra_body"] = {**call["extra_body"], **request["extra_body"]}
+    return merged
+
+
+def _check_items(items: Any) -> None:
+    if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
+        raise LLMConfigError(f"items is {type(items).__name__}; it must be an iterable of items")
+
+
+def _checked_concurrency(value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= 10_000:
+        raise ValueError(f"is {value!r:.80}; it must be a whole number from 1 to 10,000")
 
 
 def _retry_policy(given: Any, config: LLMConfig, _: Clock) -> RetryPolicy:
@@ -743,6 +773,155 @@ class LLM:
             running = [pool.submit(copy_context().run, ask, model) for model in models]
             return [future.result() for future in running]
 
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        prompt: Prompt | None = None,
+        concurrency: int = 16,
+        ordered: bool = True,
+        journal: str | os.PathLike[str] | None = None,
+        key: Key | str | None = None,
+        progress: bool | Progress | None = None,
+        on_error: Literal["keep", "raise"] = "keep",
+        deadline: float | None = None,
+        via: Literal["calls", "batch"] = "calls",
+        engine: Literal["threads", "ray"] = "threads",
+        **call: Any,
+    ) -> MapRun:
+        """Ask for each of many items, several at a time, and iterate what became of them.
+
+            with llm.map(questions, journal="run.jsonl") as results:
+                for result in results:
+                    print(result.text if result.success else result.error)
+
+        Items are taken as results are asked for, in the thread that iterates, and never more than four for
+        each thread ahead: there may be endlessly many. Limits, budgets, the cache and the deadline of
+        the block around it apply to each call. Leaving the `with` block ends what is under way.
+
+        A failed item is a result with its error. What would make all others fail as well ends the map: 401,
+        a used-up quota, a budget that has no room even when nothing else is under way, the deadline, a
+        journal that cannot be written or does not fit; and, as long as no item was answered, 403 and 404
+        (but not of an item that names a model of its own). Then no further item is begun, what is under way
+        is handed out, and the error is raised; so is, after the items before it, what `items` itself raises.
+
+        With a journal, each finished item is in that file before it is handed out. The same call again,
+        after Ctrl-C or a crash, reads those from it (`resumed`) and asks only the others, also those that
+        failed. A full disk ends the map; what was under way is handed out, though the file has it not.
+
+        Args:
+            items: each a text, a list of messages, or a mapping with `messages` or `prompt`, perhaps `key`
+                (or `custom_id`), and further arguments of the call; or a line of OpenAI's batch file. An
+                item's own arguments beat `call`.
+            prompt: makes one of these of each item, so that items can be anything.
+            concurrency: calls at a time, at most; each has a thread.
+            ordered: results in the order of the items; `False`: as they are completed.
+            journal: the path of a file. It keeps answers and a hash of each item, readable by its
+                owner only, and belongs to the model and the arguments that it was begun with.
+            key: what an item is known by in the journal: a function, or a field's name; left out: the
+                item's `key` or `custom_id`, else its place. Keys may not repeat in a journal.
+            progress: a bar on stderr: `None`: if that is a terminal and `tqdm` is installed; or a function
+                that gets a `MapProgress` after each result.
+            on_error: `"raise"`: the first failed item ends the map and its error is raised.
+            deadline: seconds for the whole map; `None`: no limit.
+            via: `"batch"`: through the provider's batch API, at its lower price, within a day.
+            engine: `"ray"`: on a Ray cluster; see `LLM.ray`.
+            call: everything else that `chat_completion` takes but `stream`, for all items.
+
+        Returns:
+            A `MapRun`, which gives a `MapResult` for each item.
+
+        Raises:
+            LLMConfigError: an argument cannot be used.
+            JournalError: the journal cannot be opened, is in use, or is that of another job.
+        """
+        _check_items(items)
+        _check("concurrency", _checked_concurrency, concurrency)
+        for name, value, choices in (
+            ("on_error", on_error, ("keep", "raise")),
+            ("via", via, ("calls", "batch")),
+            ("engine", engine, ("threads", "ray")),
+        ):
+            if value not in choices:
+                raise LLMConfigError(f"{name} is {value!r:.80}; it must be one of {choices}")
+        if "stream" in call:
+            raise LLMConfigError("a map takes no stream=: its answers come whole")
+        job = self._map_job(call)
+        results: Results
+        with self.deadline(deadline):
+            if via == "batch":
+                if engine == "ray":
+                    raise LLMConfigError("a batch runs at the provider, not on Ray: choose one")
+                results = BatchRun(
+                    self.batches,
+                    tasks(items, prompt, key, call),
+                    call,
+                    ordered=ordered,
+                    journal=None if journal is None else Journal(journal, job),
+                    ends_at=_deadline.get(),
+                )
+            else:
+                source, arguments = tasks(items, prompt, key, call), partial(_merged, call)
+                bounds: dict[str, Any] = {
+                    "concurrency": concurrency,
+                    "ordered": ordered,
+                    "journal": None if journal is None else Journal(journal, job),
+                    "clock": self._clock,
+                    "ends_at": _deadline.get(),
+                }
+                if engine == "ray":
+                    # By its name, for it stands above this module.
+                    results = import_module("LLM.ray").map_calls(self, arguments, source, **bounds)
+                else:
+                    results = ThreadedMap(
+                        lambda request: self.chat_completion(**arguments(request)),
+                        source,
+                        elsewhere=partial(self._is_elsewhere, call),
+                        **bounds,
+                    )
+        total = length_hint(items, -1)
+        return MapRun(
+            results,
+            total=None if total < 0 else total,
+            progress=progress,
+            on_error=on_error,
+            clock=self._clock,
+        )
+
+    def _is_elsewhere(self, call: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+        """Whether an item of a map goes to another host, or with another key, than the others do."""
+        if not (request.get("model") or request.get("provider")):
+            return False
+        try:
+            own, others = (
+                self._target(how.get("model"), how.get("provider"))
+                for how in ({**call, **request}, call)
+            )
+        except LLMConfigError:  # all the others need one of their own, too
+            return True
+        return (own.base_url, own.key) != (others.base_url, others.key)
+
+    def _map_job(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What is asked of all items of a map; what is wrong with that is said before the first is asked."""
+        params = dict(call)
+        names = {"extra_headers": "headers", "extra_body": "body"}
+        given = {
+            field: params.pop(name)
+            for name in ("model", "provider", "timeout", "cache", *names)
+            if name in params
+            for field in (names.get(name, name),)
+        }
+        options = _Options(None, None, False, UNSET, UNSET, None, None)._replace(**given)
+        params = {"temperature": UNSET, "max_tokens": UNSET, **params}
+        example = self._describe(
+            "chat", _as_messages("?"), params, options, started=self._clock.now()
+        )
+        provider_of(example.target).build(example)
+        if self._budgets():
+            self._count(example, exact=True)  # a vocabulary is loaded once here, not by each thread
+        target = example.target
+        return job_of(target.host.name, target.model, {**example.params, **example.extra_body})
+
     def parse(
         self,
         messages_or_text: str | Messages,
@@ -862,6 +1041,26 @@ class LLM:
         """What all calls of this client took, by model; shared with the clients made of it."""
         return self._ledger.totals
 
+    @property
+    def batches(self) -> Batches:
+        """The provider's batch API: many calls as one job, within a day, at half the price."""
+        ledger, policies = self._ledger, self._policies
+        return Batches(
+            Lent(
+                transport=self._transport,
+                clock=self._clock,
+                hooks=policies["hooks"],
+                retries=policies["retries"],
+                quota=ledger.quota,
+                prices=policies["price"],
+                memory=ledger.batches,
+                budgets=self._budgets,
+                describe=self._describe_named,
+                count=self._count,
+                record=self._record,
+            )
+        )
+
     @contextmanager
     def budget(
         self,
@@ -922,7 +1121,7 @@ class LLM:
         """
         _check("deadline", checked_seconds, seconds)
         end = None if seconds is None else self._clock.now() + seconds
-        token = _deadline.set(_nearest(end))
+        token = _deadline.set(nearest_deadline(end))
         try:
             yield
         finally:
@@ -1084,14 +1283,34 @@ class LLM:
         ledger.note(outcome)
         if job.call.endpoint == "models":
             return
-        facts = {"complete": ending.complete, "cached": info.cached}
-        ledger.totals.record(info.provider, info.model, usage, cost=info.cost, **facts)
-        store = self._policies["usage_store"]
-        if store is not None:
-            store.record(info.provider, info.model, usage, info.cost(usage), **facts)
+        self._record(info, usage, complete=ending.complete)
         asked = job.call.target.model
         if job.prompt is not None and usage is not None and info.model == asked and not info.cached:
             ledger.estimator.learn(asked, job.prompt, usage.prompt_tokens)
+
+    def _record(self, info: CallInfo, usage: TokenUsage | None, *, complete: bool = True) -> None:
+        """Count an answer, here and where what was spent is written down."""
+        facts = {"complete": complete, "cached": info.cached}
+        self._ledger.totals.record(info.provider, info.model, usage, cost=info.cost, **facts)
+        store = self._policies["usage_store"]
+        if store is not None:
+            store.record(info.provider, info.model, usage, info.cost(usage), **facts)
+
+    def _describe_named(self, endpoint: str, subject: Any, given: Mapping[str, Any]) -> Call:
+        """A call from all its arguments by name, as `chat_completion` takes them."""
+        params = {"temperature": UNSET, "max_tokens": UNSET, **given} if subject else dict(given)
+        take = params.pop
+        options = _Options(
+            model=take("model", None),
+            provider=take("provider", None),
+            stream=False,
+            timeout=take("timeout", UNSET),
+            deadline=take("deadline", UNSET),
+            headers=take("extra_headers", None),
+            body=take("extra_body", None),
+            cache=take("cache", "on"),
+        )
+        return self._describe(endpoint, subject, params, options, self._clock.now())
 
     def _describe(
         self,
@@ -1148,7 +1367,7 @@ class LLM:
             connect_timeout=config.connect_timeout
             if timeout is None
             else min(config.connect_timeout, timeout),
-            deadline_at=_nearest(None if deadline is None else started + deadline),
+            deadline_at=nearest_deadline(None if deadline is None else started + deadline),
             max_response_bytes=config.max_response_bytes,
             idempotency_key=self._clock.new_id(),
         )

@@ -220,6 +220,8 @@ class _Rates(NamedTuple):
                 if plain is None:
                     return None
                 price = max(rate.worst(prompt) for rate in (plain, special or plain))
+                if self.factor is not None:
+                    price = EXACT.multiply(price, self.factor)
                 total = add(total, EXACT.multiply(price, Decimal(tokens)).scaleb(-6, EXACT))
         return total
 
@@ -310,20 +312,33 @@ class Pricing:
         model: str | None,
         prompt_tokens: int | None,
         completion_tokens: int | None,
+        *,
+        batch: bool = False,
     ) -> Decimal | None:
         """The most that a call made now can cost, in US dollars; `None` if that is unknown.
 
         Nothing is read from a cache; all of the prompt may be written to one, and all of the completion
         may be reasoning, if that is dearer. Of tiers by length and of hours of the day, the dearest that
         may apply.
+
+        Args:
+            provider: name of the host.
+            model: as it is asked for.
+            prompt_tokens: of the prompt.
+            completion_tokens: of the longest answer.
+            batch: the call goes through the provider's batch interface; where its prices are unknown,
+                those of a single call.
         """
         if prompt_tokens is None or completion_tokens is None:
             return None
         own = self._own(provider, model)
         if own is not None:
-            return own.worst_case(prompt_tokens, completion_tokens)
+            most = own.worst_case(prompt_tokens, completion_tokens)
+            return EXACT.multiply(most, own.batch) if batch else most
         known = self._model(provider, model)
-        rates = known.worst_rates(utc_now()) if known else None
+        if known is None:
+            return None
+        rates = known.worst_rates(utc_now(), batch) or known.worst_rates(utc_now())
         return rates.worst_case(prompt_tokens, completion_tokens) if rates else None
 
     def _own(self, provider: str | None, model: str | None) -> Price | None:
@@ -377,9 +392,11 @@ class _Model:
             self._last = (when, rates)
         return rates
 
-    def worst_rates(self, at: datetime) -> _Rates | None:
-        """The dearest of now and of every hour of this day."""
-        now = self.rates(at, batch=False)
+    def worst_rates(self, at: datetime, batch: bool = False) -> _Rates | None:
+        """The dearest of now and of every hour of this day; of a batch, those of its moment."""
+        now = self.rates(at, batch)
+        if batch:
+            return now
         hours = []
         for part in reversed(self._conditional):
             if part.constraint is None or not hasattr(part.constraint, "start_time"):

@@ -813,3 +813,15 @@ import LLM.policies.budget
 assert "sqlite3" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_requests_of_a_batch_are_reserved_and_settled_together():
+    budget = Budget(requests=5)
+    reservation = budget.reserve(None, None, 4)
+    assert budget.reserved_requests == 4
+    with pytest.raises(
+        LLMBudgetError, match=r"take 2 requests, and budget 'default' has 1 left of 5"
+    ):
+        budget.reserve(None, None, 2)
+    reservation.settle(None, None)
+    assert (budget.spent_requests, budget.remaining_requests) == (4, 1)

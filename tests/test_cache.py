@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from LLM.errors import LLMConfigError
+from LLM import LLM, CancelScope
+from LLM.errors import LLMCancelledError, LLMConfigError
 from LLM.policies import cache as cache_module
 from LLM.policies.cache import CACHE_MODES, CacheStats, ResponseCache, cache_key
+from LLM.testing import LocalServer
 from tests.fakes import FakeClock
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -782,6 +784,59 @@ class Follower:
         self.land.set()
         self.thread.join(20)
         assert not self.thread.is_alive()
+
+
+def test_when_the_leader_is_cancelled_the_one_that_waited_longest_leads(url):
+    with ResponseCache(url) as cache:
+        with CancelScope() as scope:
+            leader = cache.flight("a", until=None)
+        followers = []
+        for number in range(3):
+            followers.append(Follower(cache))
+            wait_for(lambda number=number: waiting(cache) == number + 1)
+        scope.cancel()
+        leader.done()
+        wait_for(lambda: followers[0].flight is not None)
+        assert (followers[0].flight.leader, followers[0].flight.waited) == (True, True)
+        time.sleep(0.01)
+        assert waiting(cache) == 2
+        cache.put("a", b"1")
+        for follower in followers:
+            follower.join()
+        assert [follower.found for follower in followers] == [None, b"1", b"1"]
+        assert under_way(cache) == set()
+
+
+def test_a_cancelled_leader_costs_one_more_call_and_not_one_for_each():
+    with LocalServer(latency=0.2) as server, LLM(base_url=server.url, cache=":memory:") as llm:
+        scope = CancelScope()
+        cancelled = []
+        texts = []
+
+        def lead():
+            with scope:
+                try:
+                    llm.chat_completion([{"role": "user", "content": "x"}])
+                except LLMCancelledError as error:
+                    cancelled.append(error)
+
+        def follow():
+            texts.append(llm.chat_completion([{"role": "user", "content": "x"}]).text)
+
+        cache = llm._policies["cache"]
+        threads = [threading.Thread(target=lead)]
+        threads[0].start()
+        wait_for(lambda: server.requests)
+        threads += [threading.Thread(target=follow) for _ in range(5)]
+        for thread in threads[1:]:
+            thread.start()
+        wait_for(lambda: [len(seat.waiters) for seat in list(cache._tower.seats.values())] == [5])
+        scope.cancel()
+        for thread in threads:
+            thread.join(20)
+        assert len(cancelled) == 1
+        assert len(texts) == 5
+        assert len(server.requests) == 2
 
 
 def test_the_first_leads_at_once_and_nothing_is_left(url):

@@ -442,3 +442,22 @@ assert p.context_window("gpt-4o") is None
 assert p.Pricing(p.Price(3, 1)).cost("openai", "gpt-4o", u) == 3
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_worst_case_of_a_batch_is_at_its_price():
+    own = Pricing(Price(input=1, output=10, batch=0.5))
+    single = own.worst_case("mine", "m", 1000, 100)
+    assert own.worst_case("mine", "m", 1000, 100, batch=True) == single / 2
+    assert Pricing().worst_case("ollama", "m", 1000, 100, batch=True) is None
+
+
+def test_the_worst_case_of_a_batch_by_the_price_data_is_half():
+    prices = Pricing()
+    single = prices.worst_case("openai", "gpt-4o-mini", 1000, 100)
+    assert prices.worst_case("openai", "gpt-4o-mini", 1000, 100, batch=True) == single / 2
+    # Nobody says what a batch costs there: no less than single calls is safe.
+    single = prices.worst_case("groq", "llama-3.3-70b-versatile", 1000, 100)
+    assert prices.worst_case("groq", "llama-3.3-70b-versatile", 1000, 100, batch=True) in (
+        single,
+        single / 2,
+    )

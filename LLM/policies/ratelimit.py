@@ -9,8 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from LLM.cancel import cancelled, woken
 from LLM.clock import Clock
-from LLM.errors import LLMConfigError, LLMConnectionError, LLMError, LLMTimeoutError
+from LLM.errors import (
+    LLMCancelledError,
+    LLMConfigError,
+    LLMConnectionError,
+    LLMError,
+    LLMTimeoutError,
+)
 from LLM.forks import renew_after_fork
 
 log = logging.getLogger("LLM")
@@ -481,6 +488,15 @@ class RateLimiter:
         for scope in self._scopes.values():
             scope.queue.clear()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._shared is None:
+            raise TypeError(
+                f"{self!r} is in memory, a copy of it would let through as much again: give it a redis_url"
+            )
+        limits = (self.requests_per_minute, self.tokens_per_minute)
+        how = {"name": self.name, "if_unavailable": "local" if self._local_if_away else "error"}
+        return _shared_limiter, (type(self), limits, {**how, "clock": self._clock}, self._shared)
+
     def __repr__(self) -> str:
         shared = f", {self._shared.address}, name={self.name!r}" if self._shared else ""
         return (
@@ -511,6 +527,7 @@ class RateLimiter:
             LLMConfigError: the estimate is more than the limit of a whole minute.
             LLMTimeoutError: the wait would end after the deadline; said at once, and nothing is counted.
             LLMConnectionError: the Redis that keeps the count does not answer.
+            LLMCancelledError: it was cancelled (`CancelScope`) while it waited; nothing is counted.
         """
         estimate = self._checked(estimated_tokens)
         permit = None
@@ -655,10 +672,13 @@ class RateLimiter:
                     return found
                 slept = slept or found != 0
                 if found is None:
-                    waiter.woken.wait(BEHIND)
+                    with woken(waiter.woken.set):
+                        waiter.woken.wait(BEHIND)
                     waiter.woken.clear()
                 else:
                     self._clock.sleep(min(found, SLICE))
+                if cancelled():
+                    raise LLMCancelledError("cancelled in the queue of the rate limit")
         finally:  # also when the wait is interrupted: the place in the queue is given up
             self._leave(waiter)
 
@@ -827,6 +847,16 @@ class RateLimiter:
         if self._away_until is not None:
             self._away_until = None
             log.info("the rate limit is shared again: %s answers", self._shared.address)
+
+
+def _shared_limiter(
+    kind: type[RateLimiter], limits: tuple[Any, Any], how: dict[str, Any], shared: Any
+) -> RateLimiter:
+    """A limiter out of a pickle, on the same count in Redis."""
+    limiter = object.__new__(kind)
+    RateLimiter.__init__(limiter, *limits, **how)
+    limiter._shared = shared
+    return limiter
 
 
 class TokenAwareRateLimiter(RateLimiter):

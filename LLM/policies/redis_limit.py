@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from LLM.errors import LLMConfigError, LLMConnectionError
+from LLM.policies.redis_script import RedisScript, Words
 
-# Longer than any answer of a Redis that is well; then it counts as away. Seconds.
-TIMEOUT = 2.0
+_WORDS = Words("rate limit", "redis_url", ", or choose if_unavailable='local'")
 
 MICROSECONDS = 1_000_000
 
@@ -41,37 +38,14 @@ class RedisWindow:
     """
 
     def __init__(self, url: str, name: str, seconds: float) -> None:
-        try:
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
-        except ImportError:
-            raise LLMConfigError(
-                "a rate limit with redis_url needs the extra redis: pip install 'requests-llm[redis]'"
-            ) from None
-        self.address = _address(url)
-        # A pooled connection that broke meanwhile is replaced at once. If the answer to a `take` is
-        # lost, it counts twice: too careful rather than too bold.
-        options = {
-            "retry": Retry(NoBackoff(), 1),
-            "socket_timeout": TIMEOUT,
-            "socket_connect_timeout": TIMEOUT,
-        }
-        try:
-            self._redis: Any = redis.Redis.from_url(url, decode_responses=True, **options)
-            pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # options of the address, looked at now
-        except (ValueError, TypeError):  # its message could repeat the password
-            raise _bad_address(self.address) from None
-        self._failures = (redis.RedisError, OSError)
-        self._denied = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
+        # If the answer to a `take` is lost, it counts twice: too careful rather than too bold.
+        self._script = RedisScript(url, "ratelimit.lua", _WORDS)
+        self.address = self._script.address
         self._keys = [
             f"LLM:ratelimit:{name}:{part}"
             for part in ("entries", "counts", "queue", "tickets", "holds")
         ]
         self._minute = round(seconds * MICROSECONDS)
-        source = pkgutil.get_data("LLM.policies", "ratelimit.lua")
-        self._script: Any = self._redis.register_script(source or b"")
 
     def take(
         self, max_requests: int, max_tokens: int, tokens: int, scope: str, ticket: str
@@ -110,42 +84,4 @@ class RedisWindow:
         return int(requests), int(tokens)
 
     def _run(self, command: str, *arguments: object) -> list[Any]:
-        try:
-            answer: list[Any] = self._script(
-                keys=self._keys, args=[command, self._minute, *arguments]
-            )
-        except self._denied:
-            raise LLMConfigError(
-                f"the rate limit's Redis at {self.address} refuses us: check user and password"
-            ) from None
-        except self._failures as error:
-            if "WRONGTYPE" in str(error):  # it answers, and something else of that name is there
-                raise LLMConfigError(
-                    f"the rate limit's Redis at {self.address} holds something else under "
-                    f"{self._keys[0].rpartition(':')[0]}:*: give the limit another name="
-                ) from None
-            raise LLMConnectionError(
-                f"the rate limit's Redis at {self.address} does not answer ({type(error).__name__}): "
-                "start it, correct redis_url, or choose if_unavailable='local'"
-            ) from error
-        return answer
-
-
-def _address(url: object) -> str:
-    """The address without user, password and options, for people."""
-    try:
-        parts = urlsplit(url if isinstance(url, str) else "")
-        host = parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        raise _bad_address("one that cannot be read") from None
-    address = f"{parts.scheme}://{host}{port}{parts.path}"
-    if parts.scheme not in ("redis", "rediss", "unix") or not (host or parts.path.strip("/")):
-        raise _bad_address(address if host else "one that cannot be read")
-    return address
-
-
-def _bad_address(address: str) -> LLMConfigError:
-    return LLMConfigError(
-        f"redis_url must be redis://host:port/number, rediss://… or unix:///path, not {address}"
-    )
+        return self._script.run(self._keys, command, self._minute, *arguments)
