@@ -39,9 +39,8 @@ _MEND_EVERY: Final = 10.0
 # Seconds for which an answer that is there waits for a database that is not.
 KEEP_TRYING: Final = 120.0
 
-_AGAIN: Final = (
-    "again:"  # begins the name of a write that a caller's key for `regenerate` stands for
-)
+# Begins the name of a write that a caller's key for `regenerate` stands for.
+_AGAIN: Final = "again:"
 
 _BROKEN: Final = Problem(500, "Internal error", "tell those who run this service")
 
