@@ -151,7 +151,7 @@ def test_compose_asks_the_database_with_a_program_that_it_has(compose, postgres:
 
 def test_make_serve_is_what_the_guide_says():
     made = subprocess.run(
-        ["make", "--dry-run", "--always-make", "serve", "ARGS=--port 9000"],
+        ["make", "--no-print-directory", "--dry-run", "--always-make", "serve", "ARGS=--port 9000"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "--editable '.[cli,server]'" in made
