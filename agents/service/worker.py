@@ -16,7 +16,7 @@ from fastapi import FastAPI
 log = logging.getLogger("agents.service")
 
 # Seconds that a thread may go on while another waits, 0.005 by default. A message passes from thread to
-# thread some six times before its first word; at 50 streams at once the wait for that fell from 45 to 20-30 ms.
+# thread some six times before its first word, for which at 50 streams the wait fell from 45 to 20-30 ms.
 _SWITCH: Final = 0.001
 
 
