@@ -34,9 +34,10 @@ from LLM.errors import (
 from LLM.journal import Journal, JournalError, Mark
 from LLM.types import CallInfo, ChatCompletionResponse, TokenUsage
 
-# Items taken ahead of what was handed out, for each thread: while a slow one holds its place, the others
-# have three more each to go on with.
+# Items taken ahead of what was handed out, for each thread, to begin with. The lead grows when threads would
+# be idle because the next item in order is slow (it may wait for its second attempt), up to so many in all.
 _AHEAD: Final = 4
+_MOST_AHEAD: Final = 1000
 
 _SLOW: Final = 0.0005  # seconds for one item: more than it takes to make one of what is there
 
@@ -625,6 +626,8 @@ class ThreadedMap:
         self._ready: dict[int, MapResult | None] = {}  # by place; `None`: nothing to hand out there
         self._taken = 0  # tasks
         self._last_take = 0.0  # seconds
+        self._lead = concurrency * _AHEAD
+        self._most = max(self._lead, _MOST_AHEAD)
         self._passed = 0  # of these, those that are handed out or never will be
         self._under_way = 0
         self._exhausted = False
@@ -690,11 +693,13 @@ class ThreadedMap:
 
         Of items that are slow to come none is waited for while there is a result to hand out.
         """
-        finished, most = self._shared.finished, self._concurrency * _AHEAD
+        finished = self._shared.finished
         taken = 0
-        while not self._ended and self._taken - self._passed < most:
+        while not self._ended:
             while not finished.empty():
                 self._receive(finished.get())
+            if self._taken - self._passed >= self._lead and not self._extended():
+                return
             if (taken >= 2 or self._last_take > _SLOW) and self._has_ready():
                 return
             started = self._clock.now()
@@ -712,6 +717,13 @@ class ThreadedMap:
                 self._begin(task)
             except Exception as error:  # noqa: BLE001 - raised when what was taken before is handed out
                 self._failure = error
+
+    def _extended(self) -> bool:
+        """Lengthen the lead if threads are idle for want of items while the caller waits for a slow one."""
+        if self._has_ready() or self._under_way >= self._concurrency or self._lead >= self._most:
+            return False
+        self._lead = min(self._lead + self._concurrency, self._most)
+        return True
 
     def _begin(self, task: Task) -> None:
         if task.error is not None:

@@ -102,19 +102,28 @@ def test_as_completed_a_slow_item_holds_nobody_up():
     assert sorted(first + rest) == list(range(300))
 
 
-def test_in_order_the_others_go_on_while_a_slow_item_holds_its_place():
-    slow, begun = threading.Event(), []
+@pytest.mark.parametrize("concurrency, ahead", [(4, 1000), (300, 1200)])
+def test_in_order_a_thousand_go_on_while_a_slow_item_holds_its_place(concurrency, ahead):
+    slow, begun, taken = threading.Event(), [], []
 
     def ask(request):
         text = request["messages"][0]["content"]
         if text == "item 0":
-            assert slow.wait(10)
+            assert slow.wait(30)
         begun.append(text)
-        if len(begun) == 15:  # all of the window but the slow one: four threads, four each
+        if len(begun) == ahead - 1:  # all that may be taken, but the slow one
             slow.set()
         return echo(request)
 
-    assert [result.index for result in run(ask, words(50))] == list(range(50))
+    def source():
+        for text in words(2 * ahead):
+            if not slow.is_set():
+                taken.append(text)
+            yield text
+
+    results = run(ask, source(), concurrency=concurrency)
+    assert [result.index for result in results] == list(range(2 * ahead))
+    assert len(taken) <= ahead
 
 
 def test_no_more_is_asked_at_a_time_than_said():
