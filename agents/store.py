@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from agents.migrations import APPLICATION_ID, MIGRATION_LOCK, TABLES, migrations
 from agents.types import Message, TokenUsage
@@ -46,6 +46,8 @@ Reason = Literal[
 
 # Messages in which a text is looked for inside words, which no index helps with: some 50 ms.
 _INSIDE: Final = 20_000
+
+_READERS: Final = 4  # connections to a SQLite file that only read
 
 # Characters of a search that are looked at; SQLite takes a pattern of 50,000 bytes.
 _MAX_QUERY = 1000
@@ -237,7 +239,7 @@ class Store:
             process = self._current()
             process.inside[thread] = None
             try:
-                with self._engine(process).connect() as connection:
+                with self._engine(process, write=write).connect() as connection:
                     options = connection.execution_options(store_write=write)
                     with options.begin():
                         process.inside[thread] = options
@@ -255,9 +257,9 @@ class Store:
         """Close all connections; used again, it opens new ones. What was in `:memory:` is gone."""
         process = self._current()
         with process.lock:
-            engine, process.engine = process.engine, None
-            if engine is not None:
-                engine.dispose()
+            engines, process.engines = process.engines, None
+            if engines is not None:
+                engines.dispose()
 
     def __enter__(self) -> Store:
         return self
@@ -279,31 +281,34 @@ class Store:
             # Another thread was inside SQLite, whose own state is now broken beyond repair.
             child.broken = True
         elif self._path == MEMORY:
-            child.engine = parent.engine  # a copy of the parent's data
-        elif parent.engine is not None and not parent.inside:
+            child.engines = parent.engines  # a copy of the parent's data
+        elif parent.engines is not None and not parent.inside:
             # SQLite's file must be closed: kept open, this process would believe that it holds the
             # parent's locks. A socket to PostgreSQL is the parent's: closing would say good-bye for it.
-            parent.engine.dispose(close=self.sqlite)
+            parent.engines.dispose(close=self.sqlite)
         return self._processes.setdefault(
             pid, child
         )  # of two threads that come here, one's is kept
 
-    def _engine(self, process: _Process) -> Any:
+    def _engine(self, process: _Process, *, write: bool) -> Any:
         if process.broken:
             raise self.error(
                 "was in use while this process was forked: fork before using it, or spawn", "forked"
             )
-        if process.engine is None:
+        if process.engines is None:
             with process.lock:
-                if process.engine is None:
-                    process.engine = self._connected()
-        return process.engine
+                if process.engines is None:
+                    process.engines = self._connected()
+        return process.engines.write if write else process.engines.read
 
-    def _connected(self) -> Any:
-        """An engine whose database has the tables."""
-        if self._path not in (None, MEMORY):
+    def _connected(self) -> _Engines:
+        """Engines whose database has the tables."""
+        in_file = self._path is not None and self._path != MEMORY
+        if self._path is not None and in_file:
             _create(self._path)
-        engine = self._make_engine()
+        # One connection that writes, for which the threads line up: SQLite has one writer at a time, and
+        # whoever waits at its own lock is served by chance. Those who read a file wait for no writer.
+        engine = self._make_sqlite(1) if self.sqlite else self._make_postgres()
         try:
             with engine.connect() as connection:
                 with connection.execution_options(store_write=True).begin():
@@ -313,31 +318,38 @@ class Store:
         except BaseException:
             engine.dispose()
             raise
+        return _Engines(engine, self._make_sqlite(_READERS) if in_file else engine)
+
+    def _make_postgres(self) -> Any:
+        import sqlalchemy
+
+        # Prepared statements would break behind a pooler like PgBouncer, and save nothing here.
+        seconds = self._busy_timeout
+        arguments = {"connect_timeout": max(2, round(seconds)), "prepare_threshold": None}
+        engine = sqlalchemy.create_engine(
+            self._address,
+            pool_pre_ping=True,
+            pool_timeout=seconds,
+            connect_args=arguments,
+            hide_parameters=True,
+        )
+        timeout = f"SET LOCAL lock_timeout = {round(seconds * 1000):d}"
+        sqlalchemy.event.listen(engine, "begin", lambda c: c.exec_driver_sql(timeout))
         return engine
 
-    def _make_engine(self) -> Any:
+    def _make_sqlite(self, connections: int) -> Any:
         import sqlalchemy
         from sqlalchemy.pool import QueuePool
 
         seconds = self._busy_timeout
-        shared = {"hide_parameters": True, "pool_timeout": seconds, "poolclass": QueuePool}
-        if not self.sqlite:
-            # Prepared statements would break behind a pooler like PgBouncer, and save nothing here.
-            arguments = {"connect_timeout": max(2, round(seconds)), "prepare_threshold": None}
-            engine = sqlalchemy.create_engine(
-                self._address, pool_pre_ping=True, connect_args=arguments, **shared
-            )
-            timeout = f"SET LOCAL lock_timeout = {round(seconds * 1000):d}"
-            sqlalchemy.event.listen(engine, "begin", lambda c: c.exec_driver_sql(timeout))
-            return engine
-        # One connection, for which the threads line up: SQLite has one writer at a time, and whoever
-        # waits at its own lock is served by chance.
         engine = sqlalchemy.create_engine(
             self._address,
-            pool_size=1,
+            poolclass=QueuePool,
+            pool_size=connections,
             max_overflow=0,
+            pool_timeout=seconds,
             connect_args={"check_same_thread": False, "timeout": seconds},
-            **shared,
+            hide_parameters=True,
         )
         sqlalchemy.event.listen(engine, "connect", _prepare)
         sqlalchemy.event.listen(engine, "begin", _begin)
@@ -932,12 +944,23 @@ _INSERT_MESSAGE: Final = (
 _ALL: Final = 2**62  # more messages than there are
 
 
+class _Engines(NamedTuple):
+    """SQLAlchemy's engines for transactions that write, and for those that only read; often the same."""
+
+    write: Any
+    read: Any
+
+    def dispose(self, *, close: bool = True) -> None:
+        self.write.dispose(close=close)
+        self.read.dispose(close=close)
+
+
 class _Process:
     """What a process owns: connections, and the threads inside a transaction, each with its own."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.engine: Any = None
+        self.engines: _Engines | None = None
         self.inside: dict[int, Any] = {}
         self.broken = False
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from agents.agent import Agent, Cancel
@@ -64,6 +65,14 @@ class Asking(Protocol):
     def __call__(
         self, caller: Any, model: str, conversation: str | None = None
     ) -> AbstractContextManager[LLM]: ...
+
+
+class RecordingNow(Protocol):
+    """Writes down what an answer took, in the transaction of who calls it."""
+
+    def __call__(
+        self, owner: str, model: str | None, usage: TokenUsage | None, cost: Decimal | None
+    ) -> None: ...
 
 
 class Recording(Protocol):
@@ -240,7 +249,8 @@ class Answers:
         talks: where conversations are.
         leases: which conversations are being answered, in any process.
         asking: gives the client, held to budgets.
-        record: writes down what an answer took.
+        record: writes down what an answer took that is not stored.
+        record_now: the same of one that is, with its messages.
         flush: writes down what could not be written before.
         toolbox: the tools that the model may call.
         context: gets a conversation's id, a model and the messages, and gives those that fit its window.
@@ -258,6 +268,7 @@ class Answers:
         *,
         asking: Asking,
         record: Recording,
+        record_now: RecordingNow,
         flush: Callable[[], object],
         toolbox: Toolbox,
         context: Callable[[str, str, list[Message]], list[Message]],
@@ -272,6 +283,7 @@ class Answers:
         self._leases = leases
         self._asking = asking
         self._record = record
+        self._record_now = record_now
         self._flush = flush
         self._toolbox = toolbox
         self._context = context
@@ -548,14 +560,28 @@ class Answers:
         cost = response.cost
         said = Message.model_validate(response.choices[0].message.model_dump(exclude_none=True))
         model = response.model or answer.model
-        self._record(answer.caller.owner, answer.model, usage, cost)
         new = [
             Stored(said, usage, cost, model),
             *(Stored(result.message) for result in turn.results),
         ]
-        self._tell_turn(answer, self._keep(answer, new, last=not turn.results))
+        spent = (answer.caller.owner, answer.model, usage, cost)
+        try:
+            # In one transaction, so that what is told of a day is what its messages say.
+            spend = partial(self._record_now, *spent)
+            kept = self._keep(answer, new, last=not turn.results, also=spend)
+        except StoreError:  # it was paid for all the same
+            self._record(*spent)
+            raise
+        self._tell_turn(answer, kept)
 
-    def _keep(self, answer: Answer, messages: Sequence[Stored], *, last: bool) -> list[Stored]:
+    def _keep(
+        self,
+        answer: Answer,
+        messages: Sequence[Stored],
+        *,
+        last: bool,
+        also: Callable[[], object] | None = None,
+    ) -> list[Stored]:
         """Store messages of an answer, also if the database is away for a while."""
         end, wait = self._clock.now() + KEEP_TRYING, 0.1
         while True:
@@ -567,6 +593,7 @@ class Answers:
                     name=answer.name,
                     replacing=answer.replacing,
                     last=last,
+                    also=also,
                 )
                 break
             except StoreError as error:
@@ -603,9 +630,9 @@ class Answers:
         answer.status = "partial"
         if text:
             said = Message(role="assistant", content=text)
-            partial = Stored(said, usage, None, answer.model, status="partial")
+            cut = Stored(said, usage, None, answer.model, status="partial")
             try:
-                self._tell_turn(answer, self._keep(answer, [partial], last=True))
+                self._tell_turn(answer, self._keep(answer, [cut], last=True))
             except LLMError as trouble:
                 log.warning("what came of an answer could not be stored: %s", trouble)
                 error, stopped = trouble, False

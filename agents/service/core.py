@@ -123,6 +123,7 @@ class Service:
             self.leases,
             asking=self.asking,
             record=self.ledger.record,
+            record_now=self.ledger.record_now,
             flush=self.ledger.flush,
             toolbox=self.toolbox,
             context=self._fitting,

@@ -219,6 +219,34 @@ class Ledger:
             cost: US dollars; `None`: unknown.
             complete: whether the answer came to its end.
         """
+        key, row = self._spent(owner, model, usage, cost, complete=complete)
+        with self._lock:
+            before = self._unwritten.get(key)
+            self._unwritten[key] = row if before is None else before.plus(row)
+        if self._is_time():
+            self._write_if_nobody_does()
+
+    def record_now(
+        self, owner: str, model: str | None, usage: TokenUsage | None, cost: Decimal | None
+    ) -> None:
+        """The same, as a part of the transaction in which it is called, or in one of its own.
+
+        Raises:
+            StoreError: it is not written, and will not be.
+        """
+        key, row = self._spent(owner, model, usage, cost)
+        batch = _Batch(self._clock.new_id(), {key: row})
+        self._store.run(lambda connection: self._add(connection, batch))
+
+    def _spent(
+        self,
+        owner: str,
+        model: str | None,
+        usage: TokenUsage | None,
+        cost: Decimal | None,
+        *,
+        complete: bool = True,
+    ) -> tuple[tuple[str, str, str], SpentRow]:
         day = self._clock.utc().date().isoformat()
         key = (day, _short(owner), _short(model or ""))
         tokens = usage or TokenUsage()
@@ -233,11 +261,7 @@ class Ledger:
             unpriced=int(known is None),
             interrupted=int(not complete),
         )
-        with self._lock:
-            before = self._unwritten.get(key)
-            self._unwritten[key] = row if before is None else before.plus(row)
-        if self._is_time():
-            self._write_if_nobody_does()
+        return key, row
 
     def by_day_and_model(self, owner: str | None, since: date) -> list[SpentRow]:
         """What was spent, the latest day first.

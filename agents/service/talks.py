@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from agents.conversation import title_of
@@ -98,10 +98,12 @@ class Talks:
         name: str,
         replacing: int | None = None,
         last: bool = False,
+        also: Callable[[], object] | None = None,
     ) -> tuple[int, list[Stored]]:
         """Store messages of an answer, once, however often it is tried.
 
         Args:
+            also: what else is written in this transaction, if the messages are; `None`: nothing.
             last: they are the last ones: the conversation is free with the same write.
 
         Returns:
@@ -109,7 +111,7 @@ class Talks:
         """
 
         def work(_: Any) -> tuple[int, list[Stored]]:
-            kept = self._kept(conversation, messages, name, replacing)
+            kept = self._kept(conversation, messages, name, replacing, also)
             if last:
                 self._leases.release(token)
             return kept
@@ -117,7 +119,12 @@ class Talks:
         return self._store.run(work)
 
     def _kept(
-        self, conversation: str, messages: Sequence[Stored], name: str, replacing: int | None
+        self,
+        conversation: str,
+        messages: Sequence[Stored],
+        name: str,
+        replacing: int | None,
+        also: Callable[[], object] | None = None,
     ) -> tuple[int, list[Stored]]:
         found = self.find(conversation, name)
         if found is not None:
@@ -134,6 +141,8 @@ class Talks:
         revision, new = self._conversations.keep(
             conversation, messages, summary.revision, replacing=replacing, request=name
         )
+        if also is not None:
+            also()
         return revision, list(new)
 
     def mend_all(self, but: Collection[str] = ()) -> None:

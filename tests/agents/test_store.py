@@ -996,3 +996,16 @@ def test_only_one_of_many_threads_writes_a_step(store):
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(write, range(16))) == 1
+
+
+def test_who_reads_a_file_does_not_wait_for_who_writes(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path}/a.db") as store, ThreadPoolExecutor(6) as pool:
+        store.conversations.create("a", title="before")
+
+        def work(_):
+            store.conversations.update("a", title="after")
+            read = [pool.submit(store.conversations.get, "a") for _ in range(6)]
+            return [future.result(20).title for future in read]
+
+        assert store.run(work) == ["before"] * 6
+        assert store.conversations.get("a").title == "after"

@@ -147,7 +147,7 @@ def test_a_use_that_cannot_be_noted_keeps_nobody_out(tmp_path, caplog):
     url = f"sqlite:///{tmp_path}/chat.db"
     with Store.open(url) as store, Store.open(url, busy_timeout=0.01) as other:
         made, secret = Keys(store).create("ann")
-        with store._engine(store._current()).connect() as writer:
+        with store._engine(store._current(), write=True).connect() as writer:
             writer.exec_driver_sql("SELECT 1")  # begins, with the right to write
             assert Keys(other).find(secret).id == made.id
         assert made.id in caplog.text
