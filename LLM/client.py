@@ -797,7 +797,8 @@ class LLM:
 
         Items are taken as results are asked for, in the thread that iterates, four for each thread ahead,
         and up to 1,000 while the next one in order is slow: there may be endlessly many. Limits, budgets,
-        the cache and the deadline of the block around it apply to each call. Leaving the `with` block ends what is under way.
+        the cache and the deadline of the block around it apply to each call. Leaving the `with` block ends
+        what is under way.
 
         A failed item is a result with its error. What would make all others fail as well ends the map: 401,
         a used-up quota, a budget that has no room even when nothing else is under way, the deadline, a

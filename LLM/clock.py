@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
-import uuid
 from datetime import datetime, timezone
 
 from LLM.cancel import current_scope, woken
@@ -36,12 +36,34 @@ class Clock:
 
     def new_id(self) -> str:
         """A string that no other call of any process has."""
-        return uuid.uuid4().hex
+        return _IDS.next()
 
 
 def utc_now() -> datetime:
     """The date and time, in UTC."""
     return datetime.now(timezone.utc)
+
+
+class _Ids:
+    """Ids of 128 bits, many drawn at once: each question to the system lets another thread go first."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._drawn: list[str] = []
+
+    def next(self) -> str:
+        while True:
+            try:
+                return self._drawn.pop()
+            except IndexError:
+                drawn = os.urandom(16 * 64).hex()
+                self._drawn += [drawn[at : at + 32] for at in range(0, len(drawn), 32)]
+
+
+_IDS = _Ids()
 
 
 class Chance(random.Random):

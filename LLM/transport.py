@@ -60,6 +60,10 @@ _READ_SIZE = 64 * 1024
 # used again; most servers send both in one packet.
 _END_GRACE = 0.05
 
+# A time limit below this, in seconds, is kept to the millisecond, by the socket; the watchdog may be a
+# tenth of a second late.
+_PRECISE = 1.0
+
 # A body up to this size travels in one packet train with its headers; a larger one would be copied.
 _JOIN_LIMIT = 64 * 1024
 
@@ -395,15 +399,21 @@ class _Response(http.client.HTTPResponse):
 
     def _close_conn(self) -> None:
         """The body is over: see to it that nothing after it can be taken for the next answer."""
-        if not self.will_close and self.fp is not None:
-            try:
-                self._wire.settimeout(0)  # the next request sets its own
-                leftover = self._held or self.fp.peek(1)
-            except (OSError, ValueError):
-                leftover = b""
-            if leftover:
-                _shut_down(self._wire)  # the pool finds it dropped and opens another
+        if not self.will_close and self.fp is not None and self._has_more():
+            _shut_down(self._wire)  # the pool finds it dropped and opens another
         super()._close_conn()  # type: ignore[misc]  # private: not in the stubs
+
+    def _has_more(self) -> bool:
+        """Whether bytes after the answer were read already; those that were not the pool sees itself."""
+        if self._held:
+            return True
+        self.fp.raw.readinto = _nothing  # type: ignore[method-assign]  # `peek` asks it if its buffer is empty
+        pending = getattr(self._wire, "pending", None)  # what TLS has decrypted
+        return bool(self.fp.peek(1)) or (pending is not None and pending() > 0)
+
+
+def _nothing(_: Any) -> None:
+    """What a socket says that has nothing to read."""
 
 
 def _chunk_size(line: bytes) -> int:
@@ -456,8 +466,7 @@ class _Wire(HTTPConnection):
         try:
             if self.sock is None:
                 self.connect()
-            else:
-                self.sock.settimeout(self.timeout)
+            self._set_timeout()
             exchange = _current.exchange
             if exchange is not None:
                 exchange.sent = True
@@ -475,7 +484,7 @@ class _Wire(HTTPConnection):
     def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # as urllib3's own does
         """The answer's head, in the form that urllib3 gives it."""
         method, url = self._asked
-        self.sock.settimeout(self.timeout)
+        self._set_timeout()
         answer = _Response(self.sock, method=method)
         try:
             answer.begin()
@@ -496,6 +505,18 @@ class _Wire(HTTPConnection):
             request_method=method,
             request_url=url,
         )
+
+    def _set_timeout(self) -> None:
+        """Give the socket its timeout; none, where the watchdog keeps the time.
+
+        With one, each send and each read is preceded by a `poll`, and to set it is a system call as well:
+        for each of them other threads take the interpreter, and this one has to wait for it.
+        """
+        seconds = self.timeout
+        if _current.exchange is not None and (seconds is None or seconds >= _PRECISE):
+            seconds = None
+        if self.sock.gettimeout() != seconds:
+            self.sock.settimeout(seconds)
 
     def _host_header(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

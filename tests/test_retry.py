@@ -1,6 +1,7 @@
 """When to try again, and when: exact waits, a user's own policy, one's own functions."""
 
 import copy
+import os
 import pickle
 from datetime import datetime, timezone
 
@@ -295,3 +296,21 @@ def test_an_interrupted_function_stays_interrupted(failure):
     with pytest.raises(failure):
         retry_with_backoff(function, clock=clock)
     assert function.calls == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_makes_ids_of_its_own():
+    clock = Clock()
+    clock.new_id()  # some were drawn ahead
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, " ".join(clock.new_id() for _ in range(100)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        theirs = pipe.read().split()
+    ours = [clock.new_id() for _ in range(100)]
+    assert len({*theirs, *ours}) == 200
+    assert {len(name) for name in theirs + ours} == {32}

@@ -1,5 +1,6 @@
 """What goes over the wire and what does not: connections, clocks, proxies, credentials, forks."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,17 @@ from requests.adapters import HTTPAdapter
 
 from LLM import LLM, LLMConfig, LLMConnectionError, LLMError, LLMServerError, LLMTimeoutError
 from LLM.transport import WATCHDOG, Adapter, Exchange, is_loopback
-from tests.fakes import CHAT, RawServer, chunk, hang_up, http, raw_server, stream_head
+from tests.fakes import (
+    AT_ONCE,
+    CHAT,
+    FakeClock,
+    RawServer,
+    chunk,
+    hang_up,
+    http,
+    raw_server,
+    stream_head,
+)
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 KEY = "sk-very-secret-0123456789"
@@ -75,20 +87,26 @@ def test_drips_end_with_the_timeout():
         started = time.monotonic()
         with pytest.raises(LLMTimeoutError) as caught:
             llm.chat_completion(HELLO)
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < AT_ONCE  # all the drips take 20 s
     assert caught.value.clock == "timeout"
     assert caught.value.retriable
     assert isinstance(caught.value, TimeoutError)
 
 
 def test_the_deadline_bounds_all_attempts_together():
-    with raw_server(lambda c, n: time.sleep(5)) as server:
-        with client(server.url, timeout=0.2, deadline=0.5, max_retries=50, retry_delay=0.01) as llm:
-            started = time.monotonic()
-            with pytest.raises(LLMTimeoutError) as caught:
-                llm.chat_completion(HELLO)
-            assert time.monotonic() - started < 1
-    assert caught.value.attempts >= 2
+    clock = FakeClock()
+
+    def silent(connection, number):
+        if number == 1:
+            clock.time += 59.8
+        connection.recv(1)
+
+    config = LLMConfig(timeout=0.3, deadline=60, max_retries=50, retry_delay=0.01)
+    with raw_server(silent) as server, LLM(config, base_url=server.url, clock=clock) as llm:
+        with pytest.raises(LLMTimeoutError) as caught:
+            llm.chat_completion(HELLO)
+    assert caught.value.clock == "deadline"
+    assert 2 <= caught.value.attempts < 50
 
 
 def test_keep_alives_are_no_content():
@@ -98,13 +116,15 @@ def test_keep_alives_are_no_content():
             connection.sendall(b": keep-alive\n\n")
             time.sleep(0.02)
 
-    with raw_server(comments) as server, client(server.url, timeout=0.3) as llm:
+    # On a busy machine the first event may be late as well, and is asked for again.
+    again = {"max_retries": 50, "retry_delay": 0}
+    with raw_server(comments) as server, client(server.url, timeout=0.3, **again) as llm:
         stream = llm.stream(HELLO)
         next(stream)
         started = time.monotonic()
         with pytest.raises(LLMTimeoutError) as caught:
             next(stream)
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < AT_ONCE  # all the comments take 20 s
     assert caught.value.clock == "idle"
     assert caught.value.partial.text == "a"
 
@@ -122,7 +142,7 @@ def test_a_name_that_nobody_resolves_in_time(monkeypatch):
 
     def slow(host, *args, **kwargs):
         if host == "slow.localhost" and args[-1] != socket.AI_NUMERICHOST:
-            asked.wait(5)
+            asked.wait(60)
         return real(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
@@ -131,7 +151,7 @@ def test_a_name_that_nobody_resolves_in_time(monkeypatch):
         with pytest.raises(LLMTimeoutError) as caught:
             llm.chat_completion(HELLO)
         asked.set()
-    assert time.monotonic() - started < 0.7
+    assert time.monotonic() - started < AT_ONCE
     assert caught.value.clock == "connect"
 
 
@@ -370,7 +390,8 @@ def test_the_key_is_nowhere_in_an_error(fault):
 
     with raw_server(answer) as server:
         url = "http://127.0.0.1:9" if fault == "refused" else server.url
-        with client(url, timeout=0.3) as llm, pytest.raises(LLMError) as caught:
+        timeout = 0.3 if fault == "timeout" else 30
+        with client(url, timeout=timeout) as llm, pytest.raises(LLMError) as caught:
             llm.chat_completion(HELLO)
     assert KEY not in all_that_an_error_tells(caught.value)
     assert caught.value.__context__ is None
@@ -465,24 +486,26 @@ def test_an_answer_that_is_too_large_is_refused():
 
 @pytest.mark.parametrize("way", ["response", "stream"])
 def test_ctrl_c_closes_the_connection_and_the_next_call_is_right(way):
-    gone = threading.Event()
+    asked, gone = threading.Event(), threading.Event()
 
     def answer(connection, number):
         if number > 1:
             connection.sendall(http())
             return
+        asked.set()
         if way == "stream":
             connection.sendall(stream_head("connection: close") + chunk("a"))
         connection.recv(1)  # until the client goes away
         gone.set()
 
     def interrupt():
+        asked.wait(30)
+        time.sleep(0.05)  # so that, most times, it is the answer that is waited for
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     with raw_server(answer) as server, client(server.url) as llm:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        timer = threading.Timer(0.2, interrupt)
-        timer.start()
+        threading.Thread(target=interrupt).start()
         try:
             with pytest.raises(KeyboardInterrupt):
                 if way == "stream":
@@ -490,9 +513,8 @@ def test_ctrl_c_closes_the_connection_and_the_next_call_is_right(way):
                 else:
                     llm.chat_completion(HELLO)
         finally:
-            timer.cancel()
             signal.signal(signal.SIGINT, before)
-        assert gone.wait(1)
+        assert gone.wait(20)
         assert llm.chat_completion(HELLO).text == "right"
 
 
@@ -518,20 +540,44 @@ def test_a_key_over_plain_http_to_another_host_is_warned_of_once(monkeypatch, ca
     assert said == ["the key goes to model.invalid unencrypted; use https"]
 
 
-@pytest.fixture
-def tls(tmp_path):
+@contextmanager
+def tls_server(path, answer):
     """A server with a certificate of an authority that nobody knows, and the authority's file."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
-
-    def answer(connection, number):
-        connection.sendall(http())
-
+    authority.cert_pem.write_to_path(path / "authority.pem")
     server = RawServer(answer, context)
-    yield server.url.replace("http:", "https:"), str(tmp_path / "authority.pem")
-    server.close()
+    try:
+        yield server.url.replace("http:", "https:"), str(path / "authority.pem")
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def tls(tmp_path):
+    with tls_server(tmp_path, lambda connection, _: connection.sendall(http())) as found:
+        yield found
+
+
+@pytest.mark.parametrize("size", [5000, 8192])  # bytes of an answer; 8,192 are read at once
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_what_follows_an_answer_is_never_the_next_one(tmp_path, over_tls, size):
+    """Whether it was read with the answer, or waits where the pool does not look: decrypted by TLS."""
+    head = len(http(CHAT.ljust(5000))) - 5000
+    right = http(CHAT.ljust(size - head))
+    assert len(right) == size
+
+    def answer(connection, _):
+        connection.sendall(right + http(CHAT.replace(b"right", b"wrong")))
+
+    with contextlib.ExitStack() as stack:
+        if over_tls:
+            url, authority = stack.enter_context(tls_server(tmp_path, answer))
+            llm = stack.enter_context(client(url, verify=authority))
+        else:
+            llm = stack.enter_context(client(stack.enter_context(raw_server(answer)).url))
+        assert [llm.chat_completion(HELLO).text for _ in range(3)] == ["right"] * 3
 
 
 def test_a_certificate_that_is_not_trusted_names_its_issuer_and_the_setting(tls):
