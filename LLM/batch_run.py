@@ -25,6 +25,7 @@ from LLM.errors import (
     LLMConfigError,
     LLMError,
     LLMInvalidRequestError,
+    LLMResponseError,
     LLMTimeoutError,
 )
 from LLM.journal import Journal, JournalError
@@ -335,8 +336,8 @@ class BatchRun:
                     if task is not None:
                         sent.unread = 0
                         yield self._finished(task, found.response, found.error)
-        except LLMInvalidRequestError as error:
-            failure = error
+        except (LLMInvalidRequestError, LLMResponseError) as error:
+            failure = error  # of those that did not come
         except LLMError as error:
             # The next look reads it again; what came is not handed out twice.
             if not isinstance(error, Incomplete) or sent.unread + 1 < _READS:

@@ -551,6 +551,7 @@ class Batches:
             LLMConfigError: the batch is not over.
             LLMInvalidRequestError: it failed as a whole; says why.
             LLMConnectionError: while it is read: the file broke off.
+            LLMResponseError: a line is no result; after all that are.
         """
         where.setdefault("deadline", None)  # that of the config is meant for one call
         if not isinstance(batch, Batch) or not batch.done:
@@ -727,8 +728,9 @@ class Batches:
         """The lines of all its files, by custom id.
 
         Raises:
-            LLMResponseError: a line is none of a result.
+            LLMResponseError: a line is none of a result; after all others.
         """
+        broken: LLMError | None = None
         wire = batch_wire(call.target)
         for request in wire.results(call, batch):
             for line in self._lines(call, request):
@@ -736,10 +738,13 @@ class Batches:
                     outcome = wire.outcome(call, line)
                 except MALFORMED:
                     outcome = None
-                if outcome is None:
+                if outcome is not None:
+                    yield outcome
+                elif broken is None:
                     response = WireResponse(200, {"content-type": "application/jsonl"}, line)
-                    raise unexpected(call, response, "a line that is no result of a batch")
-                yield outcome
+                    broken = unexpected(call, response, "a line that is no result of a batch")
+        if broken is not None:
+            raise broken
 
     def _results(
         self, batch: Batch, call: Call, account: _Account, came: dict[str, None]

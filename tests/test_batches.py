@@ -553,12 +553,13 @@ def test_a_file_that_ends_early_at_a_line_is_no_success(raw):
 @pytest.mark.parametrize("bad", [b"<html>", b"{}", b"[1]", b'{"custom_id":5,"response":null}'])
 def test_a_line_that_is_no_result_is_a_response_error(raw, bad):
     def answer(connection, number):
-        body = raw_batch() if number == 1 else b"\n".join([*lines_of(1), bad])
+        first, *others = lines_of(3)
+        body = raw_batch() if number == 1 else b"\n".join([first, bad, *others])
         connection.sendall(plain(body))
 
     with LLM(base_url=raw(answer).url, model="m") as llm:
         results = llm.batches.results("b1")
-        assert next(results).text == "0"
+        assert [next(results).text for _ in range(3)] == ["0", "1", "2"]
         with pytest.raises(LLMResponseError, match="no result of a batch"):
             next(results)
 
@@ -667,6 +668,19 @@ def test_a_batch_that_fails_makes_results_with_errors(server):
     with client(server.url, "openai") as llm:
         results = mapped(llm)
     assert [r.error.code for r in results] == ["batch_failed"] * 3
+
+
+def test_a_line_that_is_no_result_costs_its_own_item_only(raw):
+    first, _, last = lines_of(3)
+    said = [b'{"id":"f0"}', raw_batch(), raw_batch(), b"\n".join([first, b"<html>", last])]
+
+    def answer(connection, number):
+        connection.sendall(plain(said[min(number, 4) - 1]))
+
+    with LLM(base_url=raw(answer).url, model="m") as llm:
+        results = mapped(llm, ["a", "b", "c"])
+    assert [r.text for r in results] == ["0", "", "2"]
+    assert isinstance(results[1].error, LLMResponseError)
 
 
 def test_a_journal_hands_out_what_is_there_and_asks_only_the_others(server, llm, tmp_path):
