@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from agents.service.compatible import is_compatible, refusal
 from agents.service.compatible import router as compatible_router
 from agents.service.core import Service
 from agents.service.logs import configure, request_id
@@ -84,6 +85,7 @@ def create_app(
         max_body_bytes=settings.max_body_bytes,
         hosts=_hosts(settings),
         observe=service.metrics.observe_request,
+        tell=_tell,
         clock=service.clock,
     )
     return app
@@ -138,7 +140,21 @@ def _hosts(settings: Settings) -> list[str] | None:
     return [settings.host, f"[{settings.host}]", *settings.public_hosts]
 
 
-async def _http_problem(request: Request, error: Exception) -> Response:  # noqa: ARG001 - FastAPI's form
+def _tell(request: Request, problem: Problem) -> Response:
+    """A problem, in the form that the caller reads."""
+    if is_compatible(request):
+        return refusal(request, problem)
+    if problem.cause:
+        log.warning("%s: %s", problem.title, problem.cause)
+    return JSONResponse(
+        problem.body(request_id.get()),
+        problem.status_code,
+        headers=problem.headers,
+        media_type=PROBLEM_JSON,
+    )
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
     if not isinstance(error, Problem):
         assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
         error = Problem(
@@ -147,14 +163,7 @@ async def _http_problem(request: Request, error: Exception) -> Response:  # noqa
             str(error.detail),
             headers=error.headers,
         )
-    if error.cause:
-        log.warning("%s: %s", error.title, error.cause)
-    return JSONResponse(
-        error.body(request_id.get()),
-        error.status_code,
-        headers=error.headers,
-        media_type=PROBLEM_JSON,
-    )
+    return _tell(request, error)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

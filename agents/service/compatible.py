@@ -189,7 +189,24 @@ def _service(request: Request) -> Service:
 
 
 def _dialect_of(request: Request) -> ModuleType:
-    return anthropic if "anthropic-version" in request.headers else openai
+    native = "anthropic-version" in request.headers or _path(request).startswith("/v1/messages")
+    return anthropic if native else openai
+
+
+def _path(request: Request) -> str:
+    # Not `request.url`, which is made with the Host header.
+    path: str = request.scope["path"]
+    return path
+
+
+def is_compatible(request: Request) -> bool:
+    """Whether the caller speaks a vendor's form."""
+    return _path(request).startswith("/v1/")
+
+
+def refusal(request: Request, problem: Problem) -> Response:
+    """What is refused before it comes to a route here, or finds none, in the vendor's form."""
+    return _failed(_dialect_of(request), problem)
 
 
 def _headers(dialect: ModuleType) -> dict[str, str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, Final
+from typing import Final
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agents.service.logs import request_id
-from agents.service.problems import PROBLEM_JSON, Problem
+from agents.service.problems import Problem
 from LLM import Clock
 
 log = logging.getLogger("agents.service")
@@ -51,6 +52,7 @@ class Guard:
         hosts: host names that a request may be for, besides loopback; `None`: any. A page of another site
             can make a browser ask a name of its own that leads to this machine ("DNS rebinding").
         observe: called with method, route, status and seconds of each request.
+        tell: makes the answer of what is refused here.
         clock: tells the time and makes the ids.
     """
 
@@ -61,12 +63,14 @@ class Guard:
         max_body_bytes: int,
         hosts: Iterable[str] | None,
         observe: Callable[[str, str, int, float], object],
+        tell: Callable[[Request, Problem], Response],
         clock: Clock,
     ) -> None:
         self._app = app
         self._most = max_body_bytes
         self._hosts = None if hosts is None else LOOPBACK | {host.lower() for host in hosts}
         self._observe = observe
+        self._tell = tell
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,13 +105,13 @@ class Guard:
             except Problem as problem:
                 if status:
                     raise
-                await send_problem(problem, name, answer)
+                await self._tell(Request(scope), problem)(scope, receive, answer)
             except Exception:
                 log.exception("%s %s failed", scope["method"], scope["path"])
                 if status:  # half an answer: only breaking the connection says so
                     raise
                 broken = Problem(500, "Internal error", "tell those who run this service")
-                await send_problem(broken, name, answer)
+                await self._tell(Request(scope), broken)(scope, receive, answer)
         finally:
             seconds = self._clock.now() - started
             route = getattr(scope.get("route"), "path", "other")
@@ -183,21 +187,3 @@ def _too_large(most: int) -> Problem:
 
 def _without_port(host: str) -> str:
     return re.sub(r":\d+$", "", host)
-
-
-async def send_problem(problem: Problem, name: str | None, send: Send) -> None:
-    """Answer with a problem, where there is no framework that would."""
-    body = json.dumps(problem.body(name)).encode()
-    headers = {
-        "content-type": PROBLEM_JSON,
-        "content-length": str(len(body)),
-        **(problem.headers or {}),
-    }
-    pairs: list[tuple[bytes, bytes]] = [(k.encode(), v.encode()) for k, v in headers.items()]
-    start: dict[str, Any] = {
-        "type": "http.response.start",
-        "status": problem.status,
-        "headers": pairs,
-    }
-    await send(start)
-    await send({"type": "http.response.body", "body": body})
