@@ -115,7 +115,9 @@ function scan(lines, at, depth) {
   if (fence && isFence(fence)) return scanFence(lines, at, fence);
   const heading = HEADING.exec(line);
   if (heading) {
-    const text = withoutEnd((heading[2] ?? "").trim(), "#");
+    const whole = (heading[2] ?? "").trim();
+    const open = withoutEnd(whole, "#");
+    const text = open === "" || " \t".includes(open.at(-1)) ? open : whole; // of C# the sign stays
     // The page's own title is the only h1.
     return { end: at + 1, build: () => inline(text, h(`h${Math.min(6, heading[1].length + 1)}`)) };
   }
