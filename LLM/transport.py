@@ -640,6 +640,9 @@ class _Pool(HTTPConnectionPool):
     def _put_conn(self, conn: Any) -> None:
         if conn is not None and getattr(conn, "tainted", False):
             conn.close()
+        if conn is not None and self.pool is not None and self.pool.full() and not self.block:
+            conn.close()  # urllib3 would do so with a warning in the user's log
+            return
         super()._put_conn(conn)
 
 

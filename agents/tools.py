@@ -485,6 +485,8 @@ class Toolbox:
                         settle(index, ToolResult(job.call, problem, "failed"))
                     else:
                         running[index] = job
+                if not running:  # none could be begun
+                    continue
                 for finished in self._finished(running, done, end, polled=cancel is not None):
                     take(*finished)
         finally:
