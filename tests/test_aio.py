@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from contextvars import copy_context
 
@@ -36,19 +37,30 @@ from LLM import (
     Stream,
 )
 from LLM.cancel import current_scope
+from LLM.clock import Clock
 from LLM.testing import LocalServer
 
 HELLO = [{"role": "user", "content": "Hello!"}]
-AT_ONCE = 0.5  # seconds; a busy machine takes a hundred times what it takes alone
+# Seconds: a busy machine may leave a thread alone for a while. What must end at once would else take as long
+# as its call, 120 s, or what else a test says.
+AT_ONCE = 10
 
 
 def client(server, **settings):
-    return AsyncLLM(**{"base_url": server.url, "model": "m", "max_retries": 0, **settings})
+    return AsyncLLM(
+        **{"base_url": server.url, "model": "m", "max_retries": 0, "timeout": 120, **settings}
+    )
+
+
+@pytest.fixture(autouse=True)
+def threads_that_stay(monkeypatch):
+    """Those without work do not end by themselves here: whoever wants them to end has to say so."""
+    monkeypatch.setattr("LLM.crew.IDLE", 300)
 
 
 def all_threads_end():
     """Those of closed clients: the last of them may be on its way out."""
-    end = time.monotonic() + 2
+    end = time.monotonic() + 20
     while any(thread.name == "LLM-async" for thread in threading.enumerate()):
         if time.monotonic() > end:
             return False
@@ -56,7 +68,7 @@ def all_threads_end():
     return True
 
 
-async def until(condition, seconds=5.0):
+async def until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -218,7 +230,7 @@ def test_a_map_is_iterated_over_plain_and_asynchronous_items(server):
             begun = time.monotonic()
             async with llm.map(endless(), concurrency=3) as results:
                 assert (await anext(results)).success
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < AT_ONCE  # and not until the items end
 
             async def never():
                 await asyncio.sleep(60)
@@ -277,22 +289,16 @@ def test_an_error_is_let_go_without_the_collector(server, caplog):
 
     caplog.set_level("CRITICAL", "LLM")  # records hold errors
 
-    def errors():
-        return [o for o in gc.get_objects() if isinstance(o, LLMConfigError)]
-
     async def main():
         async with client(server) as llm:
-            gc.collect()
-            before = set(map(id, errors()))  # of other tests, still in their reports
             gc.disable()
             try:
-                for _ in range(3):
-                    with contextlib.suppress(LLMError):
-                        await llm.chat_completion(HELLO, timeout="soon")
-                with contextlib.suppress(LLMError):
-                    await llm.stream(HELLO, timeout="soon")
-                await asyncio.sleep(0.01)
-                assert [error for error in errors() if id(error) not in before] == []
+                for ask in (llm.chat_completion, llm.chat_completion, llm.stream):
+                    try:
+                        await ask(HELLO, timeout="soon")
+                    except LLMError as error:
+                        left = weakref.ref(error)
+                    await until(lambda left=left: left() is None)
             finally:
                 gc.enable()
 
@@ -362,7 +368,11 @@ def test_the_constructors_take_the_same_and_one_thing_more():
 # --- cancelling ---
 
 
-def test_cancelling_a_call_closes_its_socket_and_settles_its_budget():
+def test_cancelling_a_call_closes_its_socket_and_settles_its_budget(monkeypatch):
+    monkeypatch.setattr(
+        "LLM.crew.GRACE", 20
+    )  # however busy the machine is, its thread is waited for
+
     async def main():
         with silent() as server:
             budget = Budget(tokens=100_000)
@@ -394,18 +404,26 @@ def test_a_timeout_around_a_call_ends_it_as_cancelling_does():
                     begun = time.monotonic()
                     with pytest.raises(asyncio.TimeoutError):
                         await asyncio.wait_for(call, 0.05)
-                    assert time.monotonic() - begun < 0.05 + AT_ONCE
+                    assert time.monotonic() - begun < AT_ONCE
                 await until(lambda: server.hung_up >= server.asked)
 
     asyncio.run(main())
 
 
 def test_a_wait_between_attempts_is_cut_short(server):
+    asleep = threading.Event()
+
+    class Told(Clock):
+        def sleep(self, seconds):
+            asleep.set()
+            super().sleep(seconds)
+
+    patient = {"max_retries": 3, "retry_delay": 60, "max_retry_delay": 60, "clock": Told()}
+
     async def main():
-        async with client(server, max_retries=3, retry_delay=30, max_retry_delay=60) as llm:
+        async with client(server, **patient) as llm:
             server.reply(status=503, text="later")
-            asked = llm.chat_completion(HELLO)
-            assert await cancelled(asked, lambda: len(server.requests) == 1) < AT_ONCE
+            assert await cancelled(llm.chat_completion(HELLO), asleep.is_set) < AT_ONCE
             await until(lambda: not llm._crew._at_work)
             assert (await llm.chat_completion(HELLO)).text
         assert len(server.requests) == 2
@@ -434,35 +452,46 @@ def test_a_place_in_the_queue_of_the_rate_limit_is_given_up(server):
 
 def test_a_wait_for_the_same_answer_is_given_up_and_the_other_goes_on():
     async def main():
-        with LocalServer(latency=0.4) as server:
+        go = threading.Event()
+        with LocalServer([lambda _: "hi" if go.wait(30) else None]) as server:
             async with client(server, cache=":memory:") as llm:
                 leader = asyncio.ensure_future(llm.chat_completion(HELLO))
                 await until(lambda: len(server.requests) == 1)
-                follower = llm.chat_completion(HELLO)
-                tower = llm.llm._policies["cache"]._tower
-                waits = lambda: any(seat.waiters for seat in list(tower.seats.values()))  # noqa: E731 - one line
-                assert await cancelled(follower, waits) < AT_ONCE
-                assert (await leader).text
+                assert await cancelled(llm.chat_completion(HELLO), lambda: queues(llm)) < AT_ONCE
+                assert not leader.done()
+                go.set()
+                assert (await leader).text == "hi"
                 assert (await llm.chat_completion(HELLO)).cached
             assert len(server.requests) == 1
 
     asyncio.run(main())
 
 
+def queues(llm):
+    """Whether a call waits for the answer that another has asked for."""
+    seats = llm.llm._policies["cache"]._tower.seats
+    return any(seat.waiters for seat in list(seats.values()))
+
+
 def test_when_the_leader_is_cancelled_those_who_waited_ask_themselves():
     async def main():
-        with silent() as deaf, LocalServer(latency=0.1) as server:
+        with LocalServer([{"text": "late", "delay": 60}, "its own"]) as server:
             async with client(server, cache=":memory:") as llm:
                 leader = asyncio.ensure_future(llm.chat_completion(HELLO))
                 await until(lambda: len(server.requests) == 1)
                 follower = asyncio.ensure_future(llm.chat_completion(HELLO))
-                await asyncio.sleep(0.02)
+                await until(lambda: queues(llm))
                 leader.cancel()
-                assert (await follower).text
+                assert (await follower).text == "its own"
                 assert leader.cancelled()
-            assert deaf.asked == 0
 
     asyncio.run(main())
+
+
+def sockets(llm):
+    """Those of the calls under way, connected or not."""
+    exchanges = [key for work in list(llm._crew._at_work) for key in list(work.scope._wakers)]
+    return [found for one in exchanges if (found := getattr(one, "socket", None))]
 
 
 def test_a_connect_is_given_up():
@@ -475,11 +504,10 @@ def test_a_connect_is_given_up():
                 one.setblocking(False)
                 one.connect_ex(address)
                 full.append(one)
-            async with AsyncLLM(base_url=f"http://127.0.0.1:{address[1]}", model="m") as llm:
-                call = asyncio.ensure_future(llm.chat_completion(HELLO))
-                await asyncio.sleep(0.05)
-                assert await cancelled(call, lambda: True) < AT_ONCE
-                await until(lambda: not llm._crew._at_work, AT_ONCE)
+            url = f"http://127.0.0.1:{address[1]}"
+            async with AsyncLLM(base_url=url, model="m", connect_timeout=60) as llm:
+                assert await cancelled(llm.chat_completion(HELLO), lambda: sockets(llm)) < AT_ONCE
+                await until(lambda: not llm._crew._at_work)
             for one in full:
                 one.close()
 
@@ -487,22 +515,23 @@ def test_a_connect_is_given_up():
 
 
 def test_looking_up_a_name_is_given_up(monkeypatch):
-    over = threading.Event()
+    asked, over = threading.Event(), threading.Event()
     real = socket.getaddrinfo
 
     def slow(host, *args, **kwargs):
         if host == "slow.localhost" and args[-1] != socket.AI_NUMERICHOST:
-            over.wait(5)
+            asked.set()
+            over.wait(60)
         return real(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
 
     async def main():
-        async with AsyncLLM(base_url="http://slow.localhost:9", model="m") as llm:
-            call = asyncio.ensure_future(llm.chat_completion(HELLO))
-            await asyncio.sleep(0.05)
-            assert await cancelled(call, lambda: True) < AT_ONCE
-            await until(lambda: not llm._crew._at_work, AT_ONCE)
+        async with AsyncLLM(
+            base_url="http://slow.localhost:9", model="m", connect_timeout=60
+        ) as llm:
+            assert await cancelled(llm.chat_completion(HELLO), asked.is_set) < AT_ONCE
+            await until(lambda: not llm._crew._at_work)
 
     asyncio.run(main())
     over.set()
@@ -526,16 +555,15 @@ def test_what_was_cancelled_before_it_had_a_thread_is_never_sent():
 
 
 def test_a_hook_that_hangs_does_not_hold_up_who_cancels(server):
-    let_go = threading.Event()
+    hangs, let_go = threading.Event(), threading.Event()
 
     def hang(_):
-        let_go.wait(5)
+        hangs.set()
+        let_go.wait(60)
 
     async def main():
         llm = client(server, hooks=[hang])
-        call = asyncio.ensure_future(llm.chat_completion(HELLO))
-        await asyncio.sleep(0.05)
-        assert await cancelled(call, lambda: True) < AT_ONCE
+        assert await cancelled(llm.chat_completion(HELLO), hangs.is_set) < AT_ONCE
         let_go.set()
         await llm.close()
 
@@ -547,7 +575,7 @@ def test_hundreds_of_calls_are_cancelled_together():
         with silent() as server:
             async with client(server) as llm:
                 calls = [asyncio.ensure_future(llm.chat_completion(HELLO)) for _ in range(300)]
-                await until(lambda: server.asked == 300, 20)
+                await until(lambda: server.asked == 300)
                 for call in calls:
                     call.cancel()
                 ended = await asyncio.gather(*calls, return_exceptions=True)
@@ -583,8 +611,8 @@ def test_leaving_a_stream_closes_its_socket(how):
                 else:
                     del stream
                 assert time.monotonic() - begun < 2 * AT_ONCE
-                await until(lambda: server.hung_up == server.asked, 1)
-                await until(lambda: not llm._crew._at_work, 1)
+                await until(lambda: server.hung_up == server.asked)
+                await until(lambda: not llm._crew._at_work)
 
     asyncio.run(main())
     assert all_threads_end()
@@ -659,7 +687,7 @@ def test_a_deadline_holds_also_for_who_waits_for_a_thread():
                 errors = await asyncio.gather(*late, return_exceptions=True)
                 assert {type(error) for error in errors} == {LLMTimeoutError}
                 assert {error.clock for error in errors} == {"deadline"}
-                assert time.monotonic() - begun < 0.1 + 3 * AT_ONCE
+                assert time.monotonic() - begun < 2 * AT_ONCE
                 assert llm._crew.size <= 2
                 first.cancel()
             assert server.asked == 1
@@ -690,6 +718,7 @@ def test_a_deadline_counts_for_what_is_iterated_while_it_waits_for_a_thread(kind
                 llm = busy.with_options(**config)
                 first = asyncio.ensure_future(busy.chat_completion(HELLO, deadline=None))
                 await until(lambda: deaf.asked)
+                begun = time.monotonic()
                 with llm.deadline(0.2) if how == "block" else contextlib.nullcontext():
                     if kind == "stream":
                         run = llm.stream(HELLO, **own)
@@ -697,17 +726,14 @@ def test_a_deadline_counts_for_what_is_iterated_while_it_waits_for_a_thread(kind
                         run = llm.stream_parsed(HELLO, int, **own)
                     else:
                         run = llm.map(["x"], progress=False, **own)
-                begun = time.monotonic()
                 if kind == "map":
-                    with contextlib.suppress(
-                        LLMTimeoutError
-                    ):  # if it is over before its first item
-                        result = await asyncio.wait_for(anext_of(run), 5)
+                    with contextlib.suppress(LLMTimeoutError):  # over before its first item
+                        result = await anext_of(run)
                         assert isinstance(result.error, LLMTimeoutError)
                 else:
                     with pytest.raises(LLMTimeoutError):
-                        await asyncio.wait_for(anext_of(run), 5)
-                assert 0.1 < time.monotonic() - begun < 0.2 + AT_ONCE
+                        await anext_of(run)
+                assert 0.1 < time.monotonic() - begun < AT_ONCE
                 await run.close()
                 first.cancel()
 
@@ -739,14 +765,14 @@ def test_a_budget_holds_for_what_is_made_in_its_block_and_iterated_later(kind):
     asyncio.run(main())
 
 
-def test_ten_thousand_awaits_through_a_hundred_threads():
+def test_thousands_of_awaits_through_a_hundred_threads():
     async def main():
         with LocalServer() as server:
             async with client(server, max_concurrency=100, cache=":memory:") as llm:
                 await llm.chat_completion(HELLO)
-                calls = [llm.chat_completion(HELLO) for _ in range(10_000)]
+                calls = [llm.chat_completion(HELLO) for _ in range(3_000)]
                 answers = await asyncio.gather(*calls)
-                assert len(answers) == 10_000
+                assert len(answers) == 3_000
                 assert llm._crew.size <= 100
                 assert all(answer.cached for answer in answers)
 
@@ -759,7 +785,7 @@ def test_a_thousand_calls_at_a_time():
         with silent() as server:
             async with client(server) as llm:
                 calls = [asyncio.ensure_future(llm.chat_completion(HELLO)) for _ in range(1000)]
-                await until(lambda: server.asked == 1000, 30)
+                await until(lambda: server.asked == 1000)
                 assert llm._crew.size == 1000
                 await llm.close()
                 ended = await asyncio.gather(*calls, return_exceptions=True)
@@ -828,12 +854,14 @@ def test_a_call_whose_coroutine_is_closed_ends():
 
 
 def test_an_answer_for_a_loop_that_is_gone_is_dropped_without_a_word(capsys):
-    with LocalServer(latency=0.1) as server:
+    go = threading.Event()
+    with LocalServer(lambda _: "late" if go.wait(30) else None) as server:
         llm = client(server)
         loop = asyncio.new_event_loop()
         call = loop.create_task(llm.chat_completion(HELLO))
         loop.run_until_complete(until(lambda: server.requests))
         loop.close()
+        go.set()
         call._log_destroy_pending = False  # that one is asyncio's own
         del call
         asyncio.run(until(lambda: not llm._crew._at_work))
@@ -1028,11 +1056,11 @@ def test_the_interpreter_ends_with_calls_under_way(how):
     script = f"""
         import asyncio, sys
         from LLM import AsyncLLM
-        llm = AsyncLLM(base_url=sys.argv[1], model="m", timeout=30)
+        llm = AsyncLLM(base_url=sys.argv[1], model="m", timeout=120)
         async def main():
             hello = [{{"role": "user", "content": "?"}}]
             tasks = [asyncio.ensure_future(llm.chat_completion(hello)) for _ in range(20)]
-            await asyncio.sleep(0.1)
+            await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
             if {how!r} == "exit":
                 sys.exit(3)
             return tasks
@@ -1044,31 +1072,36 @@ def test_the_interpreter_ends_with_calls_under_way(how):
         else:
             asyncio.run(main())
     """
-    with silent() as server:
-        begun = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), server.url],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-        assert done.returncode == (3 if how == "exit" else 0), done.stderr
-        assert "Traceback" not in done.stderr
-        assert time.monotonic() - begun < 10
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with (
+        silent() as server,
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), server.url], text=True, **pipes
+        ) as child,
+    ):
+        asyncio.run(until(lambda: server.asked == 20 or child.poll() is not None))
+        _, told = child.communicate("now\n", timeout=20)
+        assert child.returncode == (3 if how == "exit" else 0), told
+        assert "Traceback" not in told
 
 
 # --- the plain client can be cancelled too ---
 
 
 def test_a_scope_cancels_plain_calls_from_another_thread():
-    with silent() as server, LLM(base_url=server.url, model="m", max_retries=3) as llm:
+    settings = {"model": "m", "timeout": 120, "max_retries": 3}
+    with silent() as server, LLM(base_url=server.url, **settings) as llm:
         with CancelScope() as scope, CancelScope():
-            threading.Timer(0.05, scope.cancel).start()
+
+            def cancel():
+                asyncio.run(until(lambda: server.asked))
+                scope.cancel()
+
+            threading.Thread(target=cancel).start()
             begun = time.monotonic()
             with pytest.raises(LLMCancelledError) as caught:
                 llm.chat_completion(HELLO)
-            assert time.monotonic() - begun < 0.05 + AT_ONCE
+            assert time.monotonic() - begun < AT_ONCE
             assert caught.value.attempts == 1
             assert caught.value.maybe_billed
             with pytest.raises(LLMCancelledError, match="before anything was sent") as caught:
@@ -1101,7 +1134,7 @@ def test_one_scope_is_entered_again_and_by_many_threads_at_once(server):
                     outcomes.append(type(error))
             outcomes.append(current_scope())
 
-        server.latency = 20
+        server.latency = 60
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
             thread.start()

@@ -18,6 +18,7 @@ import pytest
 from LLM import cli
 from LLM.commands import doctor, shared, view
 from LLM.testing import LocalServer
+from tests.fakes import until
 
 ROOT = Path(__file__).parents[1]
 SECRET = "sk-very-secret-0123456789"
@@ -186,7 +187,7 @@ def test_an_interrupted_ask_ends_with_130():
         child = python("ask", "--base-url", server.url, "count to 500")
         begun = child.stdout.read(3)
         child.send_signal(signal.SIGINT)
-        rest, err = child.communicate(timeout=10)
+        rest, err = child.communicate(timeout=40)
     assert child.returncode == 130
     assert re.match(r"1, (2.*)?\n$", begun + rest)
     assert err == ""
@@ -198,7 +199,7 @@ def test_a_broken_pipe_is_quiet():
         assert child.stdout.read(3) == "1, "
         child.stdout.close()
         assert child.stderr.read() == ""
-        assert child.wait(timeout=10) == 1
+        assert child.wait(timeout=40) == 1
         child.stderr.close()
 
 
@@ -206,7 +207,7 @@ def test_an_answer_that_the_terminal_cannot_write_is_no_crash(server):
     server.reply("naïve \U0001f600")
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     child = python("ask", "--base-url", server.url, "hello", env=env)
-    out, err = child.communicate(timeout=10)
+    out, err = child.communicate(timeout=40)
     assert (child.returncode, out, err) == (0, "na?ve ?\n", "")
 
 
@@ -355,7 +356,7 @@ def test_serve_serves_until_it_is_interrupted(run):
     url = re.search(r"http://\S+", child.stdout.readline())[0]
     assert run("ask", "--base-url", url, "hello")[:2] == (0, HELLO)
     child.send_signal(signal.SIGINT)
-    assert child.communicate(timeout=10) == ("", "")
+    assert child.communicate(timeout=40) == ("", "")
     assert child.returncode == 0
 
 
@@ -368,7 +369,7 @@ def test_serve_says_when_the_port_is_taken(run, server):
 def test_demo_shows_both_sides_and_what_to_try_next(run):
     begun = time.monotonic()
     code, out, err = run("demo")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert (code, err) == (0, "")
     assert "What is 5 x 3?" in out
     assert "= 15." in out
@@ -399,7 +400,7 @@ def test_doctor_tells_where_calls_go(checkup, server):
     assert target["base_url"] == f"{server.url}/v1"
     assert (target["model"], target["key"], target["answers"]) == ("gpt-4", False, True)
     assert target["chosen_by"] == "--base-url"
-    assert 0 < target["latency_ms"] < 1000
+    assert 0 < target["latency_ms"] < 30_000
 
 
 def test_doctor_finds_servers_on_the_usual_ports(checkup, server):
@@ -670,7 +671,7 @@ class Terminal:
 
     def wait_for(self, text):
         """All that came up to `text`."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while text not in self.seen:
             ready, _, _ = select.select([self.end], [], [], max(0, until - time.monotonic()))
             try:
@@ -682,7 +683,7 @@ class Terminal:
 
     def leave(self):
         self.type("\x04")
-        return self.program.wait(timeout=10)
+        return self.program.wait(timeout=40)
 
 
 @contextmanager
@@ -699,7 +700,7 @@ def terminal(*argv):
 @pytest.mark.parametrize("form", [["--plain"], []])
 def test_ctrl_c_stops_the_answer_and_not_the_program(form):
     pytest.importorskip("pty")
-    server = LocalServer(token_delay=0.01)
+    server = LocalServer(token_delay=0.03)
     with server, terminal("chat", "--base-url", server.url, *form) as person:
         person.wait_for("> ")
         person.type("My name is Bo. Count to 900\n")
@@ -719,12 +720,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(form):
 
 def test_ctrl_c_stops_a_wait_and_the_next_question_is_the_first():
     pytest.importorskip("pty")
-    server = LocalServer([{"text": "late", "delay": 30}])
+    server = LocalServer([{"text": "late", "delay": 60}])
     with server, terminal("chat", "--base-url", server.url, "--plain") as person:
         person.wait_for("> ")
         person.type("hello\n")
-        while not server.requests:
-            time.sleep(0.01)
+        until(lambda: server.requests)
         person.type("\x03")
         person.wait_for("(stopped)")
         person.wait_for(

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -299,13 +300,13 @@ def test_closed_standard_streams_are_borne_with(files, tmp_path, closed, source,
 def test_ctrl_c_twice_ends_it_as_once(files, gap):
     source, output = files
     write(source, [line(place) for place in range(500)])
-    with LocalServer(latency=0.02) as server:
+    with LocalServer(latency=0.1) as server:
         child = subprocess.Popen(command(source, output, server), stderr=subprocess.PIPE)
-        wait_for(lambda: len(server.requests) > 10)
+        wait_for(lambda: len(server.requests) > 4)
         child.send_signal(signal.SIGINT)
         time.sleep(gap)
         child.send_signal(signal.SIGINT)
-        _, told = child.communicate(timeout=20)
+        _, told = child.communicate(timeout=40)
     assert child.returncode == 130
     assert b"Traceback" not in told
 
@@ -364,7 +365,7 @@ def command(source, output, server, *more):
 
 
 def wait_for(condition):
-    until = time.monotonic() + 20
+    until = time.monotonic() + 40
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -374,11 +375,18 @@ def wait_for(condition):
 def test_stopped_in_the_middle_it_goes_on_with_what_is_missing(files, how, code):
     source, output = files
     write(source, [line(place) for place in range(200)])
-    with LocalServer(latency=0.005) as server:
+    over = threading.Event()
+
+    def answer(_):
+        if len(server.requests) > 30:
+            over.wait(50)
+
+    with LocalServer(answer) as server:
         child = subprocess.Popen(command(source, output, server), stderr=subprocess.PIPE)
         wait_for(lambda: len(server.requests) > 30)
         child.send_signal(how)
-        _, told = child.communicate(timeout=20)
+        _, told = child.communicate(timeout=40)
+        over.set()
         assert child.returncode == code
         if how == signal.SIGINT:
             assert b"answered so far" in told
@@ -425,7 +433,7 @@ def test_a_reader_that_goes_away_ends_it_silently(files, server):
     told = child.stderr.read()
     child.stderr.close()
 
-    assert child.wait(20) == 1
+    assert child.wait(40) == 1
     assert b"Traceback" not in told
 
 

@@ -25,7 +25,9 @@ from LLM import (
     LLMStreamError,
     RetryPolicy,
 )
-from tests.fakes import FakeClock, chunk, hang_up, http, raw_server, stream_head
+from LLM.clock import Clock
+from LLM.transport import Watchdog
+from tests.fakes import AT_ONCE, FakeClock, chunk, hang_up, http, raw_server, stream_head
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 BOTH = pytest.mark.parametrize("provider", [None, "anthropic"])
@@ -62,7 +64,7 @@ def test_a_stream_and_a_response_say_the_same(server, provider):
     assert events[-1].finish_reason == whole.finish_reason == "stop"
     assert stream.usage == stream.response.usage == whole.usage
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
-    assert 0 < stream.time_to_first_token < 5
+    assert 0 < stream.time_to_first_token < 30
 
 
 @BOTH
@@ -469,11 +471,12 @@ def slow_stream(connection, number):
 def test_cancel_from_another_thread_ends_a_stream():
     with raw_server(slow_stream) as server, client(server) as llm:
         stream = llm.stream(HELLO)
+        next(stream)
         threading.Timer(0.1, stream.cancel).start()
         started = time.monotonic()
         with pytest.raises(LLMCancelledError) as caught:
             list(stream)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < AT_ONCE  # and not until its timeout
     assert caught.value.partial.text == "one "
     assert not caught.value.retriable
 
@@ -500,7 +503,7 @@ def test_a_stream_that_nobody_holds_is_closed():
         next(stream)
         del stream
         gc.collect()
-        assert gone.wait(1)
+        assert gone.wait(20)
 
 
 def test_leaving_a_stream_half_read_leaves_the_next_call_right(server):
@@ -511,21 +514,26 @@ def test_leaving_a_stream_half_read_leaves_the_next_call_right(server):
         assert llm.chat_completion([{"role": "user", "content": "say right"}]).text == "right"
 
 
-def test_the_timeout_of_a_stream_counts_the_wait_for_content_only():
+def test_the_timeout_of_a_stream_counts_the_wait_for_content_only(monkeypatch):
     """A reader that takes its time between events is no reason to give up."""
+    ahead, more = [0], threading.Event()
+    monkeypatch.setattr(Clock, "now", lambda _: time.monotonic() + ahead[0])
 
     def answer(connection, number):
         connection.sendall(stream_head("connection: close") + chunk("a") + chunk("b"))
-        time.sleep(0.2)
+        more.wait(30)
         done = chunk("c", finish_reason="stop") + b"data: [DONE]\n\n"
         connection.sendall(done)
         hang_up(connection)
 
-    with raw_server(answer) as server, client(server, timeout=0.5) as llm:
+    with raw_server(answer) as server, client(server, timeout=60) as llm:
         stream = llm.stream(HELLO)
         next(stream)
-        time.sleep(0.8)
-        assert [event.text_delta for event in stream] == ["b", "c", None]
+        ahead[0] = 1000
+        time.sleep(2 * Watchdog.TICK)  # whoever looks after the timeouts has looked
+        assert next(stream).text_delta == "b"
+        more.set()
+        assert [event.text_delta for event in stream] == ["c", None]
 
 
 def test_logging_says_what_happened_and_never_what_was_said(server, caplog):

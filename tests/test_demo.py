@@ -9,8 +9,9 @@ import pytest
 
 from LLM import cli
 from LLM.commands import demo
+from tests.fakes import patiently
 
-QUICK = ("demo", "budget", "--calls", "60", "--seconds", "2")
+QUICK = ("demo", "budget", "--calls", "60", "--seconds", "0.5")
 
 
 @pytest.fixture
@@ -29,10 +30,15 @@ def number(pattern, text):
 
 
 def test_calls_are_paced_budgeted_cached_and_reported(run):
+    # On a slow machine no call has to wait for the limiter, unless its minutes are longer.
+    patiently(lambda seconds: assert_all_is_shown(run, seconds), 2, 20)
+
+
+def assert_all_is_shown(run, seconds):
     begun = time.monotonic()
-    code, out, err = run(*QUICK)
+    code, out, err = run("demo", "budget", "--calls", "60", "--seconds", str(seconds))
     assert (code, err) == (0, "")
-    assert 1.5 < time.monotonic() - begun < 20
+    assert time.monotonic() - begun > 0.75 * seconds
     seen, calls, hits, refused = map(
         int,
         re.search(

@@ -72,6 +72,7 @@ def test_recipes_are_short():
     assert [block for block in blocks if block.count("\n") >= 20] == []
 
 
+@pytest.mark.timeout(900)  # it takes 15 s on a machine that has nothing else to do
 def test_the_documentation_builds_without_a_warning(tmp_path):
     options = "--builder html --fail-on-warning --keep-going --nitpicky --quiet".split()
     built = subprocess.run(

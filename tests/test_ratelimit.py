@@ -20,7 +20,7 @@ from LLM.policies.ratelimit import (
     ServerLimits,
     TokenAwareRateLimiter,
 )
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, until, work_of
 
 START = FakeClock().now()
 
@@ -135,10 +135,8 @@ class TestTheMinute:
 
     def test_it_is_quick(self):
         limiter = RateLimiter(10**9, 10**12)
-        start = time.process_time()
-        for _ in range(2000):
-            limiter.acquire(100, scope="a").correct(50)
-        assert (time.process_time() - start) / 2000 < 100e-6  # 3 µs on a quiet machine
+        # 3 µs on a quiet machine
+        assert work_of(lambda: limiter.acquire(100, scope="a").correct(50), 400) < 10
 
 
 class TestPermits:
@@ -393,7 +391,7 @@ class TestDeadlines:
             until(lambda: limiter.state().waiting == 2)
             permit.refused(200)
             clock.time += 62
-            thread.join(5)
+            thread.join(30)
         assert found
         assert "has passed" in found[0]
 
@@ -403,13 +401,6 @@ class StandingClock(FakeClock):
 
     def sleep(self, seconds):
         self.slept.append(seconds)
-        time.sleep(0.001)
-
-
-def until(holds):
-    end = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end
         time.sleep(0.001)
 
 
@@ -463,7 +454,7 @@ class TestThreads:
         assert order == []  # 5 would fit, but 90 came first
         clock.time += 60
         for thread in threads:
-            thread.join(5)
+            thread.join(30)
         assert order[0] == "large"
         assert sorted(order[1:]) == ["a", "b"]
 
@@ -487,7 +478,7 @@ class TestThreads:
             time.sleep(0.005)
             assert len(order) == count
         for thread in threads:
-            thread.join(5)
+            thread.join(30)
         assert order == list(range(8))
 
     def test_room_that_is_freed_early_is_used_soon(self):
@@ -535,7 +526,7 @@ class TestThreads:
             until(lambda: refused)
             clock.time += 60
             until(lambda: queue.permits)
-        thread.join(5)
+        thread.join(30)
 
     def test_a_hundred_threads_never_exceed_the_limit(self):
         """On the real clock, with a short minute."""

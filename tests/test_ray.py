@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -24,9 +25,8 @@ pa = pytest.importorskip("pyarrow")
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),  # one cluster, with `--dist loadgroup`
-    pytest.mark.timeout(
-        180
-    ),  # a cluster takes 5 s to start, on a machine that has nothing else to do
+    # A cluster takes 5 s to start, on a machine that has nothing else to do.
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning:ray"),  # its own affairs
 ]
 
@@ -68,7 +68,7 @@ def ray(tmp_path_factory):
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory):
     process, address = start(tmp_path_factory.mktemp("r"))
-    yield address
+    yield f"{address}?socket_timeout=30"
     stop(process)
 
 
@@ -130,29 +130,40 @@ class TestDataset:
             concurrency=2,
             batch_size=10,
         )
+        begun = time.monotonic()
         rows = rows_of(data)
         cost = sum(row["response_cost"] or 0 for row in rows)
         assert budget.spent_usd == cost <= Decimal("0.001")
         assert budget.reserved_usd == 0
         limiter = RateLimiter(500, 10**6, redis_url=redis_url, name=name)
         answered = [row for row in rows if row["response"] is not None]
-        assert limiter.get_current_usage().requests == len(server.requests) == len(answered) < 100
+        assert len(server.requests) == len(answered) < 100
+        taken = limiter.get_current_usage().requests
+        if time.monotonic() - begun < 60:  # all within the limiter's minute
+            assert taken == len(answered)
 
 
 class TestKilled:
     def kill_one(self, folder, server, after):
         """End a worker, as the kernel would when memory is short, when so many requests were made."""
 
-        def work():
-            until(lambda: len(server.requests) >= after, 60)
-            os.kill(int(next(folder.iterdir()).name), signal.SIGKILL)
+        killed = threading.Event()
 
+        def work():
+            until(lambda: len(server.requests) >= after, 400)
+            os.kill(int(next(folder.iterdir()).name), signal.SIGKILL)
+            killed.set()
+
+        def answer(_):
+            if len(server.requests) >= after:
+                killed.wait(400)
+
+        server.reply(answer)
         killer = threading.Thread(target=work)
         killer.start()
         return killer
 
     def test_nothing_is_lost_and_only_what_was_under_way_is_paid_twice(self, ray, server, tmp_path):
-        server.latency = 0.02
         workers = tmp_path / "workers"
         workers.mkdir()
 
@@ -219,20 +230,20 @@ class TestMap:
         assert len(server.requests) == 4
 
     def test_leaving_it_ends_what_is_under_way(self, ray, server):
-        server.latency = 30
+        server.latency = 100
         with LLM(config(server)) as llm:
             with llm.map(
-                (str(n) for n in range(100)), engine="ray", concurrency=4, deadline=60
+                (str(n) for n in range(100)), engine="ray", concurrency=4, deadline=150
             ) as run:
                 thread = threading.Thread(target=lambda: [None for _ in run])
                 thread.start()
-                until(lambda: len(server.requests) >= 4, 30)
+                until(lambda: len(server.requests) >= 4, 60)
                 actors = run._results._crew._actors
                 pids = ray.get(
                     [actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors]
                 )
                 run.close()
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive()
         until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
 

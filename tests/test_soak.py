@@ -13,7 +13,7 @@ from pathlib import Path
 from LLM import LLM, LLMConfig, LLMError
 from tests.fakes import CHAT, chunk, hang_up, http, raw_server, stream_head
 
-CALLS = int(os.environ.get("LLM_SOAK_CALLS", "2000"))
+CALLS = int(os.environ.get("LLM_SOAK_CALLS", "1200"))
 HELLO = [{"role": "user", "content": "Hello!"}]
 
 
@@ -79,7 +79,7 @@ def test_a_long_night_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(logging.getLogger("LLM"), "disabled", True)
     wrong, right = [], 0
     with raw_server(answer) as server:
-        config = LLMConfig(base_url=server.url, timeout=5, max_retries=0)
+        config = LLMConfig(base_url=server.url, timeout=30, max_retries=0)
         with LLM(config) as llm:
             for number in range(CALLS):
                 said = call(llm, number)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -530,13 +531,30 @@ def test_a_held_stream_blocks_nobody():
         assert sorted(next(stream).text_delta for stream in streams) == list("123456")
 
 
+def test_a_full_pool_is_nothing_to_warn_of(caplog):
+    """Many threads at once are no mistake of the user's."""
+    together = threading.Barrier(6)
+
+    def answer(connection, number):
+        together.wait(30)
+        connection.sendall(http())
+
+    with raw_server(answer) as server, client(server.url, pool_size=2) as llm:
+        with ThreadPoolExecutor(6) as threads:
+            answers = list(threads.map(lambda _: llm.chat_completion(HELLO).text, range(6)))
+    assert answers == ["right"] * 6
+    assert caplog.records == []
+
+
 def test_a_key_over_plain_http_to_another_host_is_warned_of_once(monkeypatch, caplog):
     with raw_server(lambda c, n: c.sendall(http())) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         with client("http://model.invalid") as llm:
             llm.chat_completion(HELLO)
             llm.chat_completion(HELLO)
-    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    # urllib3 may still tell of connections of an earlier test.
+    ours = [r for r in caplog.records if r.name == "LLM"]
+    said = [r.getMessage() for r in ours if r.levelname == "WARNING"]
     assert said == ["the key goes to model.invalid unencrypted; use https"]
 
 

@@ -170,9 +170,9 @@ def test_any_text_ends_soon_and_raises_only_what_a_model_can_mend(text):
         except ToolRetry as error:
             assert str(error)
         fastest = min(fastest, time.thread_time() - started)
-        if fastest < 0.05:
+        if fastest < 0.25:
             break
-    assert fastest < 0.05
+    assert fastest < 0.25
 
 
 def joined(parts):

@@ -192,7 +192,7 @@ def test_the_response_of_a_stream_reads_it_to_its_end(talk):
 
 
 def test_a_stream_that_is_closed_or_cancelled_leaves_nothing(server, talk):
-    server.token_delay = 0.05
+    server.token_delay = 0.5
     stream = talk.stream("Hello!")
     next(stream)
     stream.close()
@@ -323,7 +323,7 @@ def test_many_threads_with_retry_conflict_lose_nothing(server, place, llm):
     if place is None:
         pytest.skip("in memory an object is a conversation of its own")
     Conversation.open(place, "c", llm=llm)
-    both = threading.Barrier(4, timeout=20)
+    both = threading.Barrier(4, timeout=30)
 
     def write(number):
         talk = Conversation.open(place, "c", llm=llm, retry_conflict=True)

@@ -527,11 +527,11 @@ def test_a_fork_in_the_middle_of_sqlites_work_is_refused(tmp_path):
 
         def work(_):
             inside.set()
-            go.wait(10)
+            go.wait(30)
 
         busy = threading.Thread(target=store.run, args=(work,))
         busy.start()
-        inside.wait(10)
+        inside.wait(30)
 
         def use():
             with trouble("forked", "fork before"):
@@ -615,7 +615,7 @@ def test_a_server_that_dies_in_mid_write_leaves_whole_turns_and_is_found_again(p
         while len(told) < 20:
             time.sleep(0.005)
         postgres.crash()
-        writer.join(20)
+        writer.join(30)
         (error,) = failures
         assert (error.reason, error.retriable) == ("unreachable", True)
         with trouble("unreachable", retriable=True):
@@ -674,11 +674,11 @@ def test_a_writer_that_holds_the_lock_too_long_is_named(url):
         def hold(connection):
             connection.exec_driver_sql("UPDATE conversations SET title = 'x'")
             inside.set()
-            go.wait(10)
+            go.wait(30)
 
         holder = threading.Thread(target=store.run, args=(hold,))
         holder.start()
-        inside.wait(10)
+        inside.wait(30)
         try:
             with trouble("locked", "locked by another", retriable=True):
                 other.conversations.append("c", [], 0)
@@ -691,9 +691,9 @@ def test_a_writer_that_holds_the_lock_too_long_is_named(url):
 def test_threads_do_not_wait_for_each_other_for_ever():
     inside, go = threading.Event(), threading.Event()
     with Store.open(":memory:", busy_timeout=0.05) as store:
-        holder = threading.Thread(target=store.run, args=(lambda _: (inside.set(), go.wait(10)),))
+        holder = threading.Thread(target=store.run, args=(lambda _: (inside.set(), go.wait(30)),))
         holder.start()
-        inside.wait(10)
+        inside.wait(30)
         try:
             with trouble("locked", "other threads", retriable=True):
                 store.conversations.list()

@@ -48,7 +48,7 @@ class LlamaServer:
         alias: str = "tiny",
         api_key: str | None = None,
         ping: int | None = None,
-        start_timeout: float = 30.0,
+        start_timeout: float = 50.0,
     ) -> None:
         self.model = alias
         self.url = ""  # http://127.0.0.1:PORT inside the block
@@ -108,7 +108,7 @@ class LlamaServer:
         self.url, newline, _ = self._out.read_text().partition("\n")
         if not newline:
             return False
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=1)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=10)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200

@@ -69,7 +69,7 @@ def test_the_official_client_of_anthropic_runs_a_batch(server):
         assert [known.id for known in batches.list()] == [batch.id]
         # Its own client follows `results_url`, which names the vendor's host: so it is asked plainly.
         url = f"{server.url}/v1/messages/batches/{batch.id}/results"
-        answer = requests.get(url, headers={"anthropic-version": "2023-06-01"}, timeout=5)
+        answer = requests.get(url, headers={"anthropic-version": "2023-06-01"}, timeout=30)
         result = json.loads(answer.text)
         assert result["custom_id"] == "a"
         assert result["result"]["message"]["content"][0]["text"] == "1 + 1 = 2."
@@ -133,7 +133,7 @@ def test_what_anthropic_refuses_is_refused(server, request_, status):
         f"{server.url}/v1/messages/batches",
         json={"requests": [request_] if request_ else []},
         headers={"anthropic-version": "2023-06-01"},
-        timeout=5,
+        timeout=30,
     )
     assert answer.status_code == status
     assert answer.json()["type"] == "error"
@@ -141,12 +141,12 @@ def test_what_anthropic_refuses_is_refused(server, request_, status):
 
 def test_what_is_not_there_is_not_found_and_other_methods_are_not_allowed(server):
     ask = requests.request
-    assert ask("GET", f"{server.url}/v1/batches/x", timeout=5).status_code == 404
-    assert ask("GET", f"{server.url}/v1/files/x/content", timeout=5).status_code == 404
-    assert ask("POST", f"{server.url}/v1/batches/x/results", timeout=5).status_code == 404
-    refused = ask("DELETE", f"{server.url}/v1/batches", timeout=5)
+    assert ask("GET", f"{server.url}/v1/batches/x", timeout=30).status_code == 404
+    assert ask("GET", f"{server.url}/v1/files/x/content", timeout=30).status_code == 404
+    assert ask("POST", f"{server.url}/v1/batches/x/results", timeout=30).status_code == 404
+    refused = ask("DELETE", f"{server.url}/v1/batches", timeout=30)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST, GET")
-    assert ask("POST", f"{server.url}/v1/files", data=b"x", timeout=5).status_code == 415
+    assert ask("POST", f"{server.url}/v1/files", data=b"x", timeout=30).status_code == 415
 
 
 def test_a_batch_of_the_one_api_is_not_one_of_the_other(server, client):
@@ -154,7 +154,7 @@ def test_a_batch_of_the_one_api_is_not_one_of_the_other(server, client):
     answer = requests.get(
         f"{server.url}/v1/messages/batches/{batch.id}",
         headers={"anthropic-version": "2023-06-01"},
-        timeout=5,
+        timeout=30,
     )
     assert answer.status_code == 404
 

@@ -21,7 +21,17 @@ from LLM.testing import (
 )
 from LLM.testing.cassette import _Redactor, _rewritten
 from LLM.transport import Transport
-from tests.fakes import CHAT, FakeClock, chunk, hang_up, http, raw_server, stream_head
+from tests.fakes import (
+    AT_ONCE,
+    CHAT,
+    FakeClock,
+    chunk,
+    hang_up,
+    http,
+    patiently,
+    raw_server,
+    stream_head,
+)
 
 KEY = "sk-very-secret-0123456789"
 # No server ever listened there: only a recording can answer. Its port does not matter to it.
@@ -239,20 +249,23 @@ def test_a_function_of_ones_own_redacts_both_ways(path):
 
 def test_stream_timing_is_kept_if_asked_for(path):
     said = [chunk("One"), chunk(" two"), chunk(" three", finish_reason="stop"), b"data: [DONE]\n\n"]
+    read = threading.Semaphore()  # the next piece comes when the last was read, so that it is one
 
     def answer(connection, number):
         connection.sendall(stream_head("connection: close"))
         for piece in said:
+            read.acquire(timeout=30)
             time.sleep(0.02)
             connection.sendall(piece)
         hang_up(connection)
 
     with raw_server(answer) as server, record(path), client(server.url) as llm:
-        list(llm.stream(hello()))
+        for _ in llm.stream(hello()):
+            read.release()
     (line,) = lines(path)
     pieces = line["response"]["pieces"]
     assert [text.encode() for _, text in pieces] == said
-    assert all(0.01 < seconds < 1 for seconds, _ in pieces)
+    assert all(seconds > 0.01 for seconds, _ in pieces)
     recorded = sum(seconds for seconds, _ in pieces)
     for speed, expected in ((1, recorded), (4, recorded / 4), (None, 0)):
         clock = FakeClock()
@@ -273,23 +286,26 @@ def edited(path, **changes):
 
 @pytest.mark.parametrize(
     "limits, expected",
-    [({"timeout": 7}, "timeout"), ({"timeout": None, "deadline": 8}, "deadline")],
+    [({"timeout": 70}, "timeout"), ({"timeout": None, "deadline": 80}, "deadline")],
 )
 def test_the_clocks_of_a_call_run_while_it_is_replayed(path, limits, expected):
-    edited(path, seconds=20, body=CHAT.decode())
+    edited(path, seconds=200, body=CHAT.decode())
     clock = FakeClock()
     with replay(path, speed=1), LLM(base_url=NOWHERE, clock=clock, max_retries=0, **limits) as llm:
         with pytest.raises(LLMTimeoutError) as caught:
             llm.chat_completion(hello())
     assert caught.value.clock == expected
-    assert sum(clock.slept) == pytest.approx(8 if expected == "deadline" else 7, abs=0.2)
+    # A timeout is real time: what the machine took counts.
+    assert sum(clock.slept) == pytest.approx(80 if expected == "deadline" else 70, abs=20)
 
 
 def test_a_deadline_counts_the_waits_of_a_stream_together(path):
-    edited(path, pieces=[[3, chunk("One").decode()], [3, chunk(" two").decode()], [3, "data: x"]])
+    edited(
+        path, pieces=[[30, chunk("One").decode()], [30, chunk(" two").decode()], [30, "data: x"]]
+    )
     clock = FakeClock()
     with replay(path, speed=1), LLM(base_url=NOWHERE, clock=clock) as llm:
-        stream = llm.stream(hello(), timeout=5, deadline=8)
+        stream = llm.stream(hello(), timeout=50, deadline=80)
         with pytest.raises(LLMTimeoutError) as caught:
             list(stream)
     assert (caught.value.clock, caught.value.partial.text) == ("deadline", "One two")
@@ -303,7 +319,7 @@ def test_a_replayed_stream_can_be_cancelled(path):
         began = time.monotonic()
         with pytest.raises(LLMError, match="cancelled"):
             list(stream)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
 
 
 def test_a_broken_stream_breaks_again(path):
@@ -333,7 +349,7 @@ def test_a_body_that_was_cut_or_too_slow_is_so_again(path):
 
     def errors(url):
         with client(url, max_retries=0) as llm:
-            for timeout in (5, 0.2):
+            for timeout in (30, 0.2):
                 with pytest.raises(LLMConnectionError) as caught:
                     llm.chat_completion(hello(), timeout=timeout)
                 yield type(caught.value), getattr(caught.value, "clock", None)
@@ -350,18 +366,21 @@ def test_no_answer_at_all_is_recorded_too(path):
         if number == 1:
             hang_up(connection)
         elif number == 2:
-            time.sleep(0.4)
-            hang_up(connection)
+            connection.recv(1)  # until the client goes away
         else:
             connection.sendall(http())
 
-    with raw_server(answer) as server, record(path), client(server.url) as llm:
-        said = llm.chat_completion(hello(), timeout=0.2)
+    def show(seconds):
+        path.unlink(missing_ok=True)
+        with raw_server(answer) as server, record(path), client(server.url) as llm:
+            said = llm.chat_completion(hello(), timeout=seconds)
+        assert [attempt.error for attempt in said.history] == names
+
+    names = ["LLMConnectionError", "LLMTimeoutError", None]
+    patiently(show, 0.2, 5)
     with replay(path, speed=100), client() as llm:
         again = llm.chat_completion(hello())
-    names = ["LLMConnectionError", "LLMTimeoutError", None]
     assert [attempt.error for attempt in again.history] == names
-    assert [attempt.error for attempt in said.history] == names
 
 
 def test_what_did_not_connect_says_so_again(path):
@@ -397,7 +416,7 @@ def test_a_stream_that_its_reader_left(path, server):
         return events
 
     server.reply(" ".join(map(str, range(300))))
-    with LocalServer([" ".join(map(str, range(200)))], token_delay=0.002) as slow:
+    with LocalServer([" ".join(map(str, range(200)))], token_delay=0.05) as slow:
         with record(path), client(slow.url) as llm:
             said = read(llm, 3)
     assert lines(path)[0]["response"]["left"] is True

@@ -18,6 +18,7 @@ import requests
 
 from LLM.testing import LocalServer, Received
 from LLM.testing.arithmetic import evaluate
+from tests.fakes import AT_ONCE, until
 
 ROOT = Path(__file__).parents[2]
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
@@ -38,7 +39,7 @@ class Client:
     """One kept-alive connection that sends JSON."""
 
     def __init__(self, server):
-        self.connection = http.client.HTTPConnection(server.host, server.port, timeout=5)
+        self.connection = http.client.HTTPConnection(server.host, server.port, timeout=30)
 
     def send(self, method, path, body=None, headers=None):
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -767,7 +768,7 @@ def test_many_threads_get_their_own_answers():
 def test_http_1_0_gets_a_stream_that_ends_with_the_connection(server):
     body = json.dumps(chat_body("Hi", stream=True)).encode()
     head = f"POST {CHAT} HTTP/1.0\r\ncontent-length: {len(body)}\r\nconnection: keep-alive\r\n\r\n"
-    with socket.create_connection((server.host, server.port), timeout=5) as connection:
+    with socket.create_connection((server.host, server.port), timeout=30) as connection:
         connection.sendall(head.encode() + body)
         received = connection.makefile("rb").read()
     assert b"transfer-encoding" not in received
@@ -775,7 +776,7 @@ def test_http_1_0_gets_a_stream_that_ends_with_the_connection(server):
 
 
 def test_a_body_without_a_length_is_refused(server):
-    with socket.create_connection((server.host, server.port), timeout=5) as connection:
+    with socket.create_connection((server.host, server.port), timeout=30) as connection:
         connection.sendall(f"POST {CHAT} HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n".encode())
         assert connection.makefile("rb").read().startswith(b"HTTP/1.1 411 ")
 
@@ -795,26 +796,24 @@ def test_stop_ends_a_stream_and_idle_connections_at_once():
     streaming, response = opened_stream(server)
     begin = time.perf_counter()
     server.stop()
-    assert time.perf_counter() - begin < 0.5  # 0.05 when nothing else runs
+    assert time.perf_counter() - begin < AT_ONCE  # and not when the stream is over
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         response.read()
     with pytest.raises(OSError, match=r"refused|closed|reset"):
         Client(server).said("Hi")
     assert server.disconnects == 0
-    assert "LocalServer connection" not in {thread.name for thread in threading.enumerate()}
+    until(lambda: all(t.name != "LocalServer connection" for t in threading.enumerate()))
     for client in idle, streaming:
         client.connection.close()
     response.close()
 
 
 def test_a_client_that_leaves_is_counted_quietly(capfd):
-    with LocalServer(token_delay=0.001) as server:
+    with LocalServer(token_delay=0.05) as server:
         client, response = opened_stream(server)
         response.close()
         client.connection.close()
-        until = time.monotonic() + 4
-        while not server.disconnects and time.monotonic() < until:
-            time.sleep(0.005)
+        until(lambda: server.disconnects)
         assert server.disconnects == 1
         with socket.create_connection((server.host, server.port)) as connection:
             connection.sendall(b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf")
@@ -890,7 +889,7 @@ def test_serve_prints_its_address_and_ends_with_ctrl_c():
         line = process.stdout.readline()
         assert "http://127.0.0.1:" in line
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
 
 
@@ -917,7 +916,7 @@ def test_a_tool_call_without_an_id_is_refused_as_vendors_do(server):
         answer = requests.post(
             f"{server.url}/v1/chat/completions",
             json={"model": "m", "messages": messages},
-            timeout=9,
+            timeout=30,
         )
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "messages[1].tool_calls[0].id"
