@@ -275,33 +275,44 @@ class Crew:
             raise LLMError(f"the system does not give a thread: {error}") from None
 
     def _serve(self, hand: _Hand) -> None:
-        while hand.work is not None:
-            work, hand.work = hand.work, None
+        work, hand.work = hand.work, None
+        while work is not None:
             work.do()
-            if not self._next(hand, work):
+            work, ends = self._next(hand, work)
+            if ends:
                 return
-            del work  # asleep, hold nothing
-            if hand.work is None and not hand.called.acquire(timeout=IDLE):
-                with self._lock:
-                    if hand.work is None and hand in self._idle:
-                        self._idle.remove(hand)
-                        self.size -= 1
-                        return
-                hand.called.acquire()  # it was called just now
+            if work is None:
+                if not self._sleep(hand):
+                    return
+                work, hand.work = hand.work, None
 
-    def _next(self, hand: _Hand, done: _Work) -> bool:
-        """What to do after `done`: more work, or sleep, or, if not true, end."""
+    def _next(self, hand: _Hand, done: _Work) -> tuple[_Work | None, bool]:
+        """What to do after `done`, `None`: sleep until called; and whether to end instead."""
         with self._lock:
             self._at_work.discard(done)
             extra = self.size > self.most
             if self._waiting and (not extra or next(iter(self._waiting)).urgent):
-                hand.work, _ = self._waiting.popitem(last=False)
-                self._at_work.add(hand.work)
-            elif extra or self.closed:
+                work, _ = self._waiting.popitem(last=False)
+                self._at_work.add(work)
+                return work, False
+            if extra or self.closed:
+                self.size -= 1
+                return None, True
+            # From now on it may be called, each time once: who is called must wake by that call, and not
+            # look whether there is work already, or the call would still be there the next time.
+            self._idle.append(hand)
+            return None, False
+
+    def _sleep(self, hand: _Hand) -> bool:
+        """Wait to be called; not true if nobody did for long, and the thread ends."""
+        if hand.called.acquire(timeout=IDLE):
+            return True
+        with self._lock:
+            if hand in self._idle:
+                self._idle.remove(hand)
                 self.size -= 1
                 return False
-            else:
-                self._idle.append(hand)
+        hand.called.acquire()  # it was called just now
         return True
 
 

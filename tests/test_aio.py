@@ -38,6 +38,7 @@ from LLM import (
 )
 from LLM.cancel import current_scope
 from LLM.clock import Clock
+from LLM.crew import Crew
 from LLM.testing import LocalServer
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -1174,3 +1175,24 @@ def test_a_scope_around_it_cancels_one_that_others_share():
     with button, CancelScope() as inner, button:
         button.cancel()
         assert inner.cancelled
+
+
+def test_no_work_is_lost_between_a_thread_that_falls_asleep_and_one_that_is_called():
+    """It was, once in some 100,000 calls: a thread that was called before it slept took the call twice."""
+
+    async def work(crew):
+        for _ in range(10_000):
+            await crew.run(lambda: None)
+
+    async def main():
+        crew = Crew(4)
+        await asyncio.wait_for(asyncio.gather(*(work(crew) for _ in range(4))), 60)
+        assert crew.size == len(crew._idle)
+        crew.close()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change at nearly each step
+    try:
+        asyncio.run(main())
+    finally:
+        sys.setswitchinterval(before)
