@@ -1,7 +1,9 @@
 """The databases of these tests, and services that run."""
 
+import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -12,10 +14,42 @@ import uvicorn
 
 from agents.service.app import create_app
 from agents.service.settings import Settings
-from tests.databases import store, url
-from tests.fakes import RawServer, chunk, hang_up, stream_head
+from tests.databases import quick_sqlite, store, url
+from tests.fakes import RawServer, chunk, hang_up, stream_head, until
 
-__all__ = ["store", "url"]
+__all__ = ["quick_sqlite", "store", "until", "url"]
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its pauses: it looks each tenth of a second whether it shall end, or has ended."""
+
+    def __init__(self, app):
+        super().__init__(uvicorn.Config(app, log_config=None))
+        self.up = threading.Event()
+
+    async def main_loop(self):
+        self._loop, self._told = asyncio.get_running_loop(), asyncio.Event()
+        await self.on_tick(0)  # sets the header `date`
+        self.up.set()
+        await self._told.wait()
+
+    def tell_to_end(self):
+        self._loop.call_soon_threadsafe(self._told.set)
+
+    async def shutdown(self, sockets=None):
+        """What uvicorn does; answers under way have a second."""
+        for listening in self.servers:
+            listening.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        end = time.monotonic() + 1
+        while self.server_state.connections or self.server_state.tasks:
+            if time.monotonic() > end:
+                for task in self.server_state.tasks:
+                    task.cancel()
+                break
+            await asyncio.sleep(0.002)
+        await self.lifespan.shutdown()
 
 
 class Running:
@@ -29,21 +63,19 @@ class Running:
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.session = requests.Session()
         self.session.trust_env = False
-        config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.server.install_signal_handlers = lambda: None
+        self.server = Server(app)
         self._thread = threading.Thread(
             target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
         )
         self._thread.start()
-        until(lambda: self.server.started)
+        assert self.server.up.wait(60)
 
     def ask(self, method, path, *, key=None, **options):
         """A request; the answer, whatever its status."""
         headers = options.pop("headers", {})
         if key is not None:
             headers = {"authorization": f"Bearer {key}", **headers}
-        options.setdefault("timeout", 20)
+        options.setdefault("timeout", 60)
         return self.session.request(method, self.url + path, headers=headers, **options)
 
     def new(self, *, key=None, **body):
@@ -80,8 +112,8 @@ class Running:
 
     def stop(self):
         self.session.close()
-        self.server.should_exit = True
-        self._thread.join(20)
+        self.server.tell_to_end()
+        self._thread.join(60)
         self.socket.close()
         assert not self._thread.is_alive()
 
@@ -94,14 +126,6 @@ def events(response):
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield name, json.loads(line.removeprefix("data: "))
-
-
-def until(true, seconds=10):
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
 
 
 class Held:
@@ -134,6 +158,19 @@ class Held:
     def close(self):
         self.let_go.set()
         self._server.close()
+
+
+@pytest.fixture
+def logging_as_before():
+    """Puts logging back, which the service sets up."""
+    names = (None, "agents", "LLM", "uvicorn", "uvicorn.error", "uvicorn.access")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(each, each.level, list(each.handlers), each.propagate) for each in loggers]
+    yield
+    for each, level, handlers, propagate in before:
+        each.setLevel(level)
+        each.handlers[:] = handlers
+        each.propagate = propagate
 
 
 @pytest.fixture

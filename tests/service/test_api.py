@@ -363,7 +363,7 @@ def test_an_answer_that_is_under_way_is_marked_and_can_be_cancelled(serve, held)
         got = chat.ask("POST", f"/conversations/{name}/cancel")
         assert (got.status_code, got.json()) == (202, {"cancelled": True})
         rest = list(reading)
-    assert held.gone.wait(5)
+    assert held.gone.wait(30)
     assert rest[-1][0] == "done"
     assert rest[-1][1]["status"] == "partial"
     assert "error" not in [event for event, _ in rest]

@@ -1,6 +1,7 @@
 """`python -m agents`, as a person and as an operator use it: processes, signals, exit codes."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psycopg
@@ -19,13 +19,18 @@ import requests
 
 from agents import cli
 from agents.service.keys import Keys
+from agents.service.settings import Settings
 from agents.store import Store
 from LLM import LLM
 from LLM.testing import LocalServer
+from tests import fakes
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-very-secret"
-SLOW = 45.0  # seconds after which a test gives up
+SLOW = 120.0  # seconds after which a test gives up
+until = functools.partial(fakes.until, seconds=SLOW)
+
+pytestmark = pytest.mark.timeout(180)  # many begin several processes
 
 
 @pytest.fixture
@@ -120,13 +125,6 @@ def serve(tmp_path):
 
 
 @pytest.fixture
-def slow_model():
-    """A model that says a long sentence, a word each 30 ms."""
-    with LocalServer(["one two three " * 10] * 9, token_delay=0.03) as server:
-        yield server
-
-
-@pytest.fixture
 def refused(run):
     """What a service says that does not start: (exit code, one line)."""
 
@@ -147,19 +145,14 @@ def guide_commands(start):
     return found
 
 
-def until(condition):
-    for _ in range(int(SLOW * 50)):
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it did not happen")
-
-
 # serve
 
 
-def test_serve_local_holds_a_talk_and_stops_when_it_is_told_to(serve, tmp_path):
-    service = serve("--local", AGENTS_LOG_FORMAT="json")
+def test_serve_local_shows_the_page_holds_a_talk_and_stops_at_ctrl_c(serve, tmp_path):
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/shown\n')
+    browser.chmod(0o755)
+    service = serve("--local", "--open", AGENTS_LOG_FORMAT="json", BROWSER=f"{browser} %s")
     answers = stand_in_of(service)
     assert re.search(r"model +stand-in  \(a stand-in .* pretended: \$0.15 in", service.said[1])
     assert service.said[2].split() == ["database", "sqlite:///chat.db"]
@@ -169,7 +162,9 @@ def test_serve_local_holds_a_talk_and_stops_when_it_is_told_to(serve, tmp_path):
     said = service.post(f"/conversations/{service.conversation()}/messages", {"content": "5 x 3?"})
     assert "15" in said.json()["messages"][-1]["content"]
     assert said.json()["cost"] is not None
-    assert service.stop() == 0
+    until(lambda: (tmp_path / "shown").exists() and (tmp_path / "shown").read_text())
+    assert (tmp_path / "shown").read_text().strip() == service.url
+    assert service.stop(signal.SIGINT) == 0
     assert not answers()
     (line,) = [line for line in map(json.loads, service.log) if line.get("route") == "/health"]
     assert line["request_id"] == health.headers["x-request-id"]
@@ -178,12 +173,19 @@ def test_serve_local_holds_a_talk_and_stops_when_it_is_told_to(serve, tmp_path):
 
 def stand_in_of(service):
     """The address of the stand-in, and whether it still answers."""
-    address = until(lambda: re.search(r"openai-compatible at ([\d.]+):(\d+)", "".join(service.log)))
+    log = []
+
+    def told():
+        log[:] = re.findall(r"openai-compatible at ([\d.]+):(\d+)", "".join(service.log))
+        return log
+
+    until(told)
+    host, port = log[0]
 
     def answers():
         with (
             contextlib.suppress(OSError),
-            socket.create_connection((address[1], int(address[2])), 5),
+            socket.create_connection((host, int(port)), 30),
         ):
             return True
         return False
@@ -191,33 +193,18 @@ def stand_in_of(service):
     return answers
 
 
-def test_the_stand_in_ends_with_the_service_also_a_sudden_end(serve):
-    service = serve("--local")
-    answers = stand_in_of(service)
-    assert answers()
-    service.stop(signal.SIGKILL)
-    until(lambda: not answers())
-
-
-def test_a_stop_lets_running_answers_come_to_their_end(serve, slow_model):
-    service = serve("--base-url", slow_model.url, "--model", "stand-in")
-    lines = service.stream(service.conversation(), "Hello")
-    until(lambda: next(lines) == "event: text")
-    service.process.send_signal(signal.SIGTERM)
-    last = list(lines)
-    assert '"status": "ok"' in [line for line in last if line.startswith("data:")][-1]
-    assert service.process.wait(SLOW) == 0
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_still_runs_after_the_grace_is_stored_and_told_as_partial(
-    serve, slow_model, postgres, workers
+def test_workers_share_port_and_numbers_and_what_runs_after_the_grace_is_told_as_partial(
+    serve, held, postgres, workers
 ):
     database = postgres.new()
     service = serve(
-        "--base-url", slow_model.url, "--model", "stand-in", "--database", database,
+        "--base-url", held.url, "--model", "stand-in", "--database", database,
         "--workers", workers, AGENTS_GRACE="0.1",
     )  # fmt: skip
+    for _ in range(6):
+        requests.get(f"{service.url}/health", timeout=SLOW)  # a connection each
+    assert 'route="/health",status="200"} 6.0' in service.get("/metrics").text
     name = service.conversation()
     lines = service.stream(name, "Hello")
     until(lambda: next(lines) == "event: text")
@@ -227,13 +214,16 @@ def test_what_still_runs_after_the_grace_is_stored_and_told_as_partial(
     assert '"status": "partial"' in last
     assert not re.search("Exception|Traceback|Cancel", "".join(service.log))
     with Store.open(database) as store:
-        answer = store.conversations.messages(name)[-1]
+        question, answer = store.conversations.messages(name)
+        rows = store.run(lambda c: c.exec_driver_sql("SELECT 1 FROM answering").all(), write=False)
+    assert (question.message.text, question.status) == ("Hello", "ok")
     assert (answer.message.role, answer.status) == ("assistant", "partial")
-    assert answer.message.text.startswith("one")
+    assert answer.message.text == "Once upon"
+    assert rows == []
 
 
-def test_a_second_ctrl_c_ends_it_at_once(serve, slow_model):
-    service = serve("--base-url", slow_model.url, "--model", "stand-in")
+def test_a_second_ctrl_c_ends_it_at_once(serve, held):
+    service = serve("--base-url", held.url, "--model", "stand-in")
     lines = service.stream(service.conversation(), "Hello")
     until(lambda: next(lines) == "event: text")
     service.process.send_signal(signal.SIGINT)
@@ -308,16 +298,14 @@ def test_what_cannot_be_used_is_told_in_one_line(refused, monkeypatch, tmp_path,
     assert SECRET not in line
 
 
+@pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_tool_that_there_is_not_is_told(tmp_path, postgres, workers):
-    ended = subprocess.run(
-        [sys.executable, "-m", "agents", "serve", "--local", "--port", "0"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=SLOW, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "AGENTS_TOOLS": "nonsense",
-             "AGENTS_WORKERS": str(workers), "AGENTS_DATABASE": postgres.new()},
-    )  # fmt: skip
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.splitlines()[-1].startswith("error: tools (AGENTS_TOOLS) names 'nonsense'")
+def test_a_tool_that_there_is_not_is_told(run, monkeypatch, postgres, workers):
+    monkeypatch.setenv("AGENTS_TOOLS", "nonsense")
+    argv = ("--port", "0", "--workers", str(workers), "--database", postgres.new())
+    code, out, err = run("serve", *argv)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: tools (AGENTS_TOOLS) names 'nonsense'")
 
 
 def test_a_database_that_is_away_is_told(refused):
@@ -336,30 +324,11 @@ def test_a_missing_extra_is_told(refused, monkeypatch, module):
     assert line.endswith("needs the extra `server`: pip install 'requests-llm[server]'\n")
 
 
-def test_open_shows_the_page_in_the_browser_and_ctrl_c_stops(serve, tmp_path):
-    browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/shown\n')
-    browser.chmod(0o755)
-    service = serve("--local", "--open", BROWSER=f"{browser} %s")
-    until(lambda: (tmp_path / "shown").exists() and (tmp_path / "shown").read_text())
-    assert (tmp_path / "shown").read_text().strip() == service.url
-    assert service.stop(signal.SIGINT) == 0
-
-
-def test_many_workers_share_one_port_one_database_and_one_set_of_numbers(serve, postgres):
+def test_workers_and_the_stand_in_end_with_a_parent_that_is_killed(serve, postgres):
     service = serve("--local", "--workers", "2", "--database", postgres.new())
-    name = service.conversation()
-    for _ in range(6):
-        requests.get(f"{service.url}/health", timeout=SLOW)  # a connection each
-    said = service.post(f"/conversations/{name}/messages", {"content": "5 x 3?"}).json()
-    assert "15" in said["messages"][-1]["content"]
-    assert 'route="/health",status="200"} 6.0' in service.get("/metrics").text
-    assert service.stop() == 0
-
-
-def test_workers_end_with_a_parent_that_is_killed(serve, postgres):
-    service = serve("--local", "--workers", "2", "--database", postgres.new())
+    stand_in_answers = stand_in_of(service)
     assert service.get("/health").status_code == 200
+    assert stand_in_answers()
     service.stop(signal.SIGKILL)
     address = ("127.0.0.1", int(service.url.rpartition(":")[2]))
 
@@ -373,30 +342,37 @@ def test_workers_end_with_a_parent_that_is_killed(serve, postgres):
     log = "".join(service.log)
     assert log.count("so the worker ends") == 2
     assert "Traceback" not in log
+    until(lambda: not stand_in_answers())
 
 
 def test_serve_says_where_the_model_is_and_that_nobody_is_there(serve):
+    nobody = "http://127.0.0.1:1"
+    service = serve(LLM_BASE_URL=nobody, AGENTS_PROT="1")
+    assert service.said[1].split() == ["model", "gpt-4", "at", f"{nobody}/v1"]
+    until(lambda: any("WARNING agents.service: the model server" in line for line in service.log))
+    log = "".join(service.log)
+    assert "call failed" not in log
+    odd = "AGENTS_PROT is no setting, and is not read; did you mean AGENTS_PORT?"
+    assert odd in log
+    assert service.get("/health").status_code == 200
+
+
+def test_a_model_server_that_is_away_or_mute_or_wants_a_key_is_told(caplog, monkeypatch):
+    def told(seconds, url):
+        monkeypatch.setattr(cli, "_LOOK_SECONDS", seconds)
+        caplog.clear()
+        cli._try_model(Settings(base_url=url, model="x"))
+        (line,) = caplog.messages
+        return line
+
+    nobody = "http://127.0.0.1:1"
+    assert told(30, nobody).startswith(f"the model server cannot be asked: {nobody}: no conn")
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        nobody, mute = "http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}"
-        service = serve(LLM_BASE_URL=nobody, AGENTS_PROT="1")
-        assert service.said[1].split() == ["model", "gpt-4", "at", f"{nobody}/v1"]
-        (line,) = until(lambda: [line for line in service.log if "cannot be asked" in line])
-        assert (
-            f"WARNING agents.service: the model server cannot be asked: {nobody}: no conn" in line
-        )
-        assert "call failed" not in "".join(service.log)
-        odd = "AGENTS_PROT is no setting, and is not read; did you mean AGENTS_PORT?"
-        assert odd in "".join(service.log)
-        assert service.get("/health").status_code == 200
-        service = serve("--base-url", mute, "--model", "x")
-        until(lambda: f"{mute}/v1 did not answer within 1 s" in "".join(service.log))
-
-
-def test_a_model_server_that_wants_a_key_is_told_at_the_start(serve):
+        mute = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert told(0.2, mute) == f"the model server {mute}/v1 did not answer within 0.2 s"
     with LocalServer(api_key="sk-right") as server:
-        service = serve("--base-url", server.url, "--model", "x")
-        told = f"the model server {server.url}/v1 refuses the key, or wants one"
-        until(lambda: told in "".join(service.log))
+        line = f"the model server {server.url}/v1 refuses the key, or wants one"
+        assert told(30, server.url) == line
 
 
 # keys

@@ -19,22 +19,15 @@ SAID = "what a person said"
 
 
 @pytest.fixture
-def log_to():
-    """Set logging up as the service does, and put it back."""
-    names = (None, "agents", "LLM", "uvicorn", "uvicorn.error", "uvicorn.access")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(each, each.level, list(each.handlers), each.propagate) for each in loggers]
+def log_to(logging_as_before):
+    """Set logging up as the service does."""
 
     def configured(**settings):
         stream = io.StringIO()
         logs.configure(Settings.load(**settings), stream)
         return stream
 
-    yield configured
-    for each, level, handlers, propagate in before:
-        each.setLevel(level)
-        each.handlers[:] = handlers
-        each.propagate = propagate
+    return configured
 
 
 def lines(stream):

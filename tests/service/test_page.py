@@ -19,6 +19,10 @@ from agents.store import Stored
 from agents.types import Message
 from tests.service.conftest import Running
 
+# On a busy machine a page takes its time; what comes, comes at once, so that nobody waits so long.
+pytestmark = pytest.mark.timeout(180)
+expect.set_options(timeout=30_000)
+
 RICH = """\
 # A heading
 
@@ -47,7 +51,9 @@ def double(number: int) -> int:
 
 ---
 
-That is all.
+#### About C#
+
+That is all. ##
 """
 
 EVIL = """\
@@ -86,6 +92,8 @@ def browser():
         pytest.skip(missing)
     flags = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
     flags += " disable-component-update disable-sync"
+    # One process for all pages: to begin one for each takes longer than most tests.
+    flags += " renderer-process-limit=1 process-per-site disable-site-isolation-trials"
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
             executable_path=path, args=[f"--{flag}" for flag in flags.split()]
@@ -180,6 +188,24 @@ def hold_talk(page, text="What is 12 x 12?"):
     page.locator("article.answer:not([aria-busy]) .facts:has-text('tokens')").nth(before).wait_for()
 
 
+def once(page, path, handle):
+    """Let the next request to a path be handled so.
+
+    `page.route(..., times=1)` would take the route away just when the page asks for something else, which
+    Chromium then may leave hanging for ever.
+    """
+    handled = []
+
+    def first(route):
+        if handled:
+            route.continue_()
+        else:
+            handled.append(route)
+            handle(route)
+
+    page.route(path, first)
+
+
 def status(page):
     return page.locator(".notice")
 
@@ -187,6 +213,13 @@ def status(page):
 def see(place, words):
     """Wait until the words are there; `expect` would look again after ever longer pauses."""
     place.filter(has_text=words).wait_for()
+
+
+# The page's long pauses, shorter: they end in nothing that a test waits for.
+HASTY = (
+    "{ const later = window.setTimeout; window.setTimeout = (work, after, ...more) =>"
+    " later(work, after === 1500 ? 50 : after, ...more); }"
+)
 
 
 def wide(page):
@@ -315,7 +348,7 @@ def test_what_came_before_a_stop_is_kept_and_marked(serve, held, windows, how):
     see(status(page), "Stopped")
     see(answers(page), "Once upon")
     see(answers(page), "Partial answer")
-    assert held.gone.wait(5)
+    assert held.gone.wait(30)
     page.reload()
     see(answers(page), "Partial answer")
     assert chat.messages(only_conversation(chat))[-1]["status"] == "partial"
@@ -592,14 +625,14 @@ def test_two_windows_on_one_conversation_do_not_disturb_each_other(serve, held, 
     windows.forgive("status of 409")
     chat = serve(base_url=held.url)
     one = windows(f"{chat.url}/#/c/{chat.new(title='Stories')}")
-    two = windows(one.url)
+    two = windows(one.url, script=HASTY)
     two.get_by_role("heading", name="Stories").wait_for()
     ask(one, "Tell me a story")
     see(answers(one), "Once upon")
     ask(two, "And another")
     see(status(two), "Your message waits here")
     expect(box(two)).to_have_value("And another")
-    three = windows(one.url)
+    three = windows(one.url, script=HASTY)
     see(status(three), "in another window")
     held.let_go.set()
     for page in (one, two, three):
@@ -636,14 +669,14 @@ def test_a_refusal_for_the_budget_is_said_clearly(serve, windows):
 def test_too_many_requests_are_counted_down(chat, windows):
     windows.forgive("status of 429")
     page = windows(chat.url, viewport={"width": 1180, "height": 800})  # with a clock of its own
-    page.route(
+    once(
+        page,
         "**/messages",
         lambda route: route.fulfill(
             status=429,
             headers={"retry-after": "2", "content-type": "application/problem+json"},
             body='{"title": "Too many requests", "status": 429, "detail": "Slowly."}',
         ),
-        times=1,
     )
     page.clock.install()
     ask(page, "What is 12 x 12?")
@@ -681,11 +714,7 @@ def test_what_is_asked_before_the_conversation_is_there_waits_for_it(chat, windo
     chat.say(name, "What is 2 x 3?")
     page = windows(chat.url)
     late = []
-
-    def hold_back(route):
-        late.append(route)
-
-    page.route(f"**/conversations/{name}", hold_back, times=1)
+    once(page, f"**/conversations/{name}", late.append)
     page.get_by_role("link", name="What is 2 x 3?").click()
     page.get_by_text("Loading…").wait_for()
     ask(page, "What is 12 x 12?")
@@ -751,6 +780,7 @@ def test_markdown_is_shown_as_it_is_meant(chat, server, windows):
     shown = answers(page).locator(".markdown")
     for selector, text in (
         ("h2", "A heading"),
+        ("h5", "About C#"),
         ("em", "emphasis"),
         ("strong >> nth=0", "strong"),
         ("del", "struck"),
@@ -809,16 +839,30 @@ LONG = {
 }
 
 
+MEASURE = """() => {
+  const sums = new Map();
+  for (let number = 0; number < 300_000; number += 1) {
+    const name = `word${number % 5000}`;
+    sums.set(name, (sums.get(name) ?? 0) + number);
+  }
+}"""
+
+
 class Work:
-    """What a page costs the processor, which other tests on the machine do not change much."""
+    """What a page costs the processor, beside a known piece of work: so a slow machine says the same."""
 
     def __init__(self, page):
         self._page = page
         self._session = page.context.new_cdp_session(page)
         self._session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        self._measure = max(self._seconds(MEASURE, "")[0] for _ in range(3))
 
-    def seconds(self, script, text):
-        """The seconds of work of a function of the text, and what it gives."""
+    def times(self, script, text):
+        """How many times the measure (30 ms in 2026) a function of the text takes, and what it gives."""
+        seconds, result = self._seconds(script, text)
+        return seconds / self._measure, result
+
+    def _seconds(self, script, text):
         before = self._so_far()
         result = self._page.evaluate(script, text)
         return self._so_far() - before, result
@@ -831,7 +875,7 @@ class Work:
 def test_long_answers_are_drawn_quickly_whatever_is_in_them(idle, windows):
     work = Work(windows(idle))
     for kind, text in LONG.items():
-        seconds, _ = work.seconds(
+        times, _ = work.times(
             """async (text) => {
               const { Markdown } = await import("/static/markdown.js");
               const growing = new Markdown(document.createElement("div"));
@@ -842,7 +886,7 @@ def test_long_answers_are_drawn_quickly_whatever_is_in_them(idle, windows):
             }""",
             (text * (100_000 // len(text) + 1))[:100_000],
         )
-        assert seconds < 4, kind  # for twenty drawings
+        assert times < 130, kind  # for twenty drawings
 
 
 HOSTILE = {
@@ -862,16 +906,16 @@ HOSTILE = {
 
 def test_no_text_takes_for_ever_or_becomes_more_elements_than_it_has_characters(idle, windows):
     work = Work(windows(idle))
-    left = 5
+    left = 160
     for name, text in HOSTILE.items():
-        seconds, elements = work.seconds(
+        times, elements = work.times(
             """async (text) => {
               const { markdown } = await import("/static/markdown.js");
               return markdown(text).querySelectorAll("*").length;
             }""",
             text,
         )
-        left -= seconds
+        left -= times
         assert left > 0, name
         assert elements <= len(text), name
 
@@ -1090,7 +1134,8 @@ def test_pictures_for_the_documentation(chat, server, windows):
 
 def test_a_double_click_on_send_sends_and_does_not_stop(serve, held, windows):
     chat = serve(base_url=held.url)
-    page = windows(chat.url)
+    # However long the browser takes, the second click comes at once.
+    page = windows(chat.url, script="Performance.prototype.now = () => 1000;")
     box(page).fill("Tell me a story")
     page.get_by_role("button", name="Send message").dblclick()
     expect(answers(page)).to_contain_text("Once upon")
@@ -1102,10 +1147,10 @@ def test_a_double_click_on_send_sends_and_does_not_stop(serve, held, windows):
 @pytest.mark.parametrize("before", ["conversation", "message"])
 def test_what_is_stopped_before_it_is_sent_is_given_back(chat, windows, before):
     windows.forgive("ERR_")
-    page = windows(chat.url)
+    page = windows(chat.url, script=HASTY if before == "message" else "")
     path = "**/conversations" if before == "conversation" else "**/messages"
     late = []
-    page.route(path, lambda route: late.append(route), times=1)  # noqa: PLW0108 - a route wants a function
+    once(page, path, late.append)
     ask(page, "What is 12 x 12?")
     expect(page.get_by_role("article", name="Your message")).to_be_visible()
     if before == "message":
@@ -1127,14 +1172,14 @@ def test_what_is_stopped_before_it_is_sent_is_given_back(chat, windows, before):
 def test_an_error_is_shown_with_its_title_and_the_id_of_the_request(chat, windows):
     windows.forgive("status of 503")
     page = windows(chat.url)
-    page.route(
+    once(
+        page,
         "**/messages",
         lambda route: route.fulfill(
             status=503,
             headers={"content-type": "application/problem+json"},
             body='{"title": "Too busy", "status": 503, "detail": "try again", "request_id": "abc1"}',
         ),
-        times=1,
     )
     ask(page, "What is 12 x 12?")
     expect(status(page)).to_contain_text("Too busy. Try again.")
@@ -1260,7 +1305,7 @@ def test_an_answer_that_is_told_again_is_shown_whole(chat, windows, wire):
         line.cut()
         route.abort()
 
-    page.route("**/messages", lose, times=1)
+    once(page, "**/messages", lose)
     ask(page, "What is 12 x 12?")
     expect(status(page)).to_contain_text("cannot be reached")
     line.refusing = False
@@ -1274,15 +1319,14 @@ def test_an_answer_that_is_told_again_is_shown_whole(chat, windows, wire):
 
 def test_what_is_too_long_for_the_service_is_given_back(serve, windows):
     windows.forgive("status of 413|ERR_")
-    chat = serve(max_body_bytes=300_000)
+    chat = serve(max_body_bytes=100_000)
     page = windows(chat.url)
-    box(page).fill("word " * 80_000)
+    box(page).fill("word " * 30_000)
     box(page).press("Enter")
     expect(status(page)).to_contain_text("Too large")
-    assert len(box(page).input_value()) == 400_000
+    assert len(box(page).input_value()) == 150_000
     assert chat.ask("GET", "/conversations").json()["data"] == []
-    box(page).fill("word " * 40_000)
-    box(page).press("Enter")
+    ask(page, "word " * 2_000)
     expect(answers(page)).to_have_count(1)
     expect(box(page)).to_have_value("")
 

@@ -166,10 +166,10 @@ class TestLimits:
     def test_a_body_that_does_not_come_ends(self, chat, monkeypatch):
         monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
         host, port = chat.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 5) as connection:
+        with socket.create_connection((host, int(port)), 30) as connection:
             head = f"POST /conversations HTTP/1.1\r\nhost: {host}\r\ncontent-length: 9\r\n\r\n{{"
             connection.sendall(head.encode())
-            connection.settimeout(5)
+            connection.settimeout(30)
             assert b" 408 " in connection.recv(1000)
 
     def test_what_may_be_spent_is_held_and_told(self, serve, server):
@@ -217,10 +217,10 @@ class TestLimits:
         ]
         for thread in threads:
             thread.start()
-            held.asked.acquire(timeout=10)
+            held.asked.acquire(timeout=30)
         held.let_go.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         assert sorted(got) == sorted([(poor, 200), *[(rich, 200)] * 3])
 
 
@@ -277,8 +277,8 @@ class TestPage:
     def test_no_file_beside_the_page_is_served(self, chat):
         for path in ("../app.py", "%2e%2e/app.py", "..%2fapp.py", "/etc/passwd"):
             host, port = chat.url.removeprefix("http://").split(":")
-            with socket.create_connection((host, int(port)), 5) as connection:
-                connection.settimeout(5)
+            with socket.create_connection((host, int(port)), 30) as connection:
+                connection.settimeout(30)
                 connection.sendall(f"GET /static/{path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
                 assert b" 404 " in connection.recv(200)
 
