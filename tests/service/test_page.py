@@ -1344,3 +1344,20 @@ def test_a_local_user_who_is_too_quick_is_told_how_long_to_wait(serve, windows):
     expect(status(page)).to_contain_text(re.compile(said))
     expect(box(page)).to_have_value("What is 2 x 3?")
     expect(page.get_by_role("button", name="Send message")).to_be_disabled()
+
+
+# Of what the service does not answer the page hears after 45 seconds; here after one.
+IMPATIENT = HASTY.replace("1500 ? 50", "45000 ? 1000")
+
+
+@pytest.mark.parametrize("path", ["**/conversations?*", "**/messages"])
+def test_a_service_that_never_answers_is_told(chat, windows, path):
+    windows.forgive("ERR_")
+    page = windows(chat.url, script=IMPATIENT)
+    hold_talk(page, "What is 2 x 3?")
+    page.route(path, lambda _: None)  # takes the request, and says nothing
+    if path.endswith("messages"):
+        ask(page, "What is 12 x 12?")
+    else:
+        page.get_by_role("searchbox").fill("sum")
+    expect(page.get_by_text("does not answer").first).to_be_visible()

@@ -2,7 +2,7 @@
 
 import { kept } from "./dom.js";
 
-// The server says something at least every 15 seconds while it answers.
+// The server says something at least every 15 seconds while it answers, and begins any answer sooner.
 const SILENCE = 45_000;
 
 /** Words of the service as a sentence, to stand among others. */
@@ -70,19 +70,25 @@ async function send(method, path, { body, accept = "application/json", repeatabl
   if (secret) headers.authorization = `Bearer ${secret}`;
   if (body !== undefined) headers["content-type"] = "application/json";
   if (repeatable) headers["idempotency-key"] = repeatable;
+  const ending = new AbortController();
+  if (signal?.aborted) ending.abort();
+  signal?.addEventListener("abort", () => ending.abort(), { once: true });
+  const silence = setTimeout(() => ending.abort(), SILENCE);
   let response;
   try {
     response = await fetch(path, {
       method,
       headers,
       body: body === undefined ? undefined : JSON.stringify(body),
-      signal,
+      signal: ending.signal,
       cache: "no-store",
       credentials: "same-origin",
     });
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new Unreachable("The service cannot be reached.");
+    throw new Unreachable(`The service ${ending.signal.aborted ? "does not answer" : "cannot be reached"}.`);
+  } finally {
+    clearTimeout(silence);
   }
   if (response.ok) return response;
   const details = await response.json().catch(() => ({}));

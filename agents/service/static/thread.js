@@ -764,7 +764,7 @@ export class Thread {
     const { status } = error;
     const bad = { kind: "error", error };
     if (error instanceof api.Unreachable) {
-      const text = navigator.onLine ? "The service cannot be reached." : "You are offline.";
+      const text = navigator.onLine ? error.message : "You are offline.";
       this.notice(`${text} Your message is kept here; nothing is sent twice.`, { kind: "error", action: "Try again", onaction: retry });
     } else if (status === 401) this.notice("The service asks for a key. Your message is kept here.", { kind: "warn" });
     else if (status === 402) this.notice(`The budget does not allow this. ${error.message}`, bad);
