@@ -21,9 +21,9 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 
-# Measured on the machine of docs/benchmarks.md, in seconds: there, `threads` (1,674 calls a second in one
+# Measured on the machine of docs/benchmarks.md, in seconds: there, `threads` (2,771 calls a second in one
 # process) and `redis` (a reservation that is settled, and a permit that is corrected: 4 scripts).
-WORKER = 1 / 1674
+WORKER = 1 / 2771
 REDIS = 185e-6 + 120e-6
 # A Redis in the same zone answers in half a millisecond; a call that is bounded asks it four times.
 ROUND_TRIP = 4 * 0.5e-3
@@ -149,13 +149,13 @@ SETUPS = (
     ),
 )  # fmt: skip
 
-# Measured by bench/cases (`threads`, `ray`) on two busy cores, which the server and Ray share.
+# Measured by bench/cases (`threads`, `ray`) on two cores, which the server and Ray share.
 MEASURED = (
-    (Setup("one process, 32 threads, no wait", threads=32, latency=1e-4), 1674),
-    (Setup("Ray, 1 worker × 32, no wait", threads=32, latency=1e-4), 1378),
-    (Setup("Ray, 1 worker × 32, 20 ms", threads=32, latency=0.02), 1362),
-    (Setup("Ray, 2 workers × 32, no wait", workers=2, threads=32, latency=1e-4), 2244),
-    (Setup("Ray, 2 workers × 32, 20 ms", workers=2, threads=32, latency=0.02), 2191),
+    (Setup("one process, 32 threads, no wait", threads=32, latency=1e-4), 2771),
+    (Setup("Ray, 1 worker × 32, no wait", threads=32, latency=1e-4), 2395),
+    (Setup("Ray, 1 worker × 32, 20 ms", threads=32, latency=0.02), 1590),
+    (Setup("Ray, 2 workers × 32, no wait", workers=2, threads=32, latency=1e-4), 3889),
+    (Setup("Ray, 2 workers × 32, 20 ms", workers=2, threads=32, latency=0.02), 2965),
 )
 
 # US dollars per million tokens, prompt and completion, as listed in 2026-11; batch APIs take half.
