@@ -34,8 +34,8 @@ from LLM.errors import (
 from LLM.journal import Journal, JournalError, Mark
 from LLM.types import CallInfo, ChatCompletionResponse, TokenUsage
 
-# Items taken ahead of what was handed out, for each thread, to begin with. The lead grows when threads would
-# be idle because the next item in order is slow (it may wait for its second attempt), up to so many in all.
+# Items taken ahead of what was handed out, for each thread; so many in all, while threads would be idle
+# because the next item in order is slow (it may wait for its second attempt).
 _AHEAD: Final = 4
 _MOST_AHEAD: Final = 1000
 
@@ -626,8 +626,6 @@ class ThreadedMap:
         self._ready: dict[int, MapResult | None] = {}  # by place; `None`: nothing to hand out there
         self._taken = 0  # tasks
         self._last_take = 0.0  # seconds
-        self._lead = concurrency * _AHEAD
-        self._most = max(self._lead, _MOST_AHEAD)
         self._passed = 0  # of these, those that are handed out or never will be
         self._under_way = 0
         self._exhausted = False
@@ -698,7 +696,7 @@ class ThreadedMap:
         while not self._ended:
             while not finished.empty():
                 self._receive(finished.get())
-            if self._taken - self._passed >= self._lead and not self._extended():
+            if not self._may_take():
                 return
             if (taken >= 2 or self._last_take > _SLOW) and self._has_ready():
                 return
@@ -718,12 +716,13 @@ class ThreadedMap:
             except Exception as error:  # noqa: BLE001 - raised when what was taken before is handed out
                 self._failure = error
 
-    def _extended(self) -> bool:
-        """Lengthen the lead if threads are idle for want of items while the caller waits for a slow one."""
-        if self._has_ready() or self._under_way >= self._concurrency or self._lead >= self._most:
-            return False
-        self._lead = min(self._lead + self._concurrency, self._most)
-        return True
+    def _may_take(self) -> bool:
+        """Whether few are ahead; or the caller waits for a slow one, and threads wait for work."""
+        ahead = self._taken - self._passed
+        if ahead < self._concurrency * _AHEAD:
+            return True
+        idle = self._under_way < self._concurrency and not self._has_ready()
+        return idle and ahead < _MOST_AHEAD
 
     def _begin(self, task: Task) -> None:
         if task.error is not None:

@@ -15,6 +15,7 @@ from LLM.batches import (
     Batches,
     Draft,
     Incomplete,
+    Spoiled,
     again,
     too_much,
     where_of,
@@ -25,7 +26,6 @@ from LLM.errors import (
     LLMConfigError,
     LLMError,
     LLMInvalidRequestError,
-    LLMResponseError,
     LLMTimeoutError,
 )
 from LLM.journal import Journal, JournalError
@@ -336,7 +336,7 @@ class BatchRun:
                     if task is not None:
                         sent.unread = 0
                         yield self._finished(task, found.response, found.error)
-        except (LLMInvalidRequestError, LLMResponseError) as error:
+        except (LLMInvalidRequestError, Spoiled) as error:
             failure = error  # of those that did not come
         except LLMError as error:
             # The next look reads it again; what came is not handed out twice.

@@ -168,6 +168,10 @@ class Incomplete(LLMConnectionError):
     """A results file ended well, and lacks some of what the batch says it has."""
 
 
+class Spoiled(LLMResponseError):
+    """A results file is whole, and some of its lines are no results: to read it again is of no use."""
+
+
 class _Said(Answer):
     """What a batch API answered, as it stands."""
 
@@ -724,13 +728,8 @@ class Batches:
 
     def _outcomes(
         self, batch: Batch, call: Call
-    ) -> Generator[tuple[str, WireResponse | LLMAPIError], None, None]:
-        """The lines of all its files, by custom id.
-
-        Raises:
-            LLMResponseError: a line is none of a result; after all others.
-        """
-        broken: LLMError | None = None
+    ) -> Generator[tuple[str | None, WireResponse | LLMAPIError], None, None]:
+        """The lines of all its files, by custom id; `None` and an error for one that is no result."""
         wire = batch_wire(call.target)
         for request in wire.results(call, batch):
             for line in self._lines(call, request):
@@ -740,17 +739,19 @@ class Batches:
                     outcome = None
                 if outcome is not None:
                     yield outcome
-                elif broken is None:
-                    response = WireResponse(200, {"content-type": "application/jsonl"}, line)
-                    broken = unexpected(call, response, "a line that is no result of a batch")
-        if broken is not None:
-            raise broken
+                    continue
+                response = WireResponse(200, {"content-type": "application/jsonl"}, line)
+                yield None, unexpected(call, response, "a line that is no result of a batch")
 
     def _results(
         self, batch: Batch, call: Call, account: _Account, came: dict[str, None]
     ) -> Generator[MapResult, None, None]:
         wire = batch_wire(call.target)
+        spoiled, problem = 0, None
         for custom_id, outcome in self._outcomes(batch, call):
+            if custom_id is None:
+                spoiled, problem = spoiled + 1, problem or outcome
+                continue
             key = account.keys.get(custom_id)
             if key is None:
                 try:
@@ -763,6 +764,17 @@ class Batches:
             came[key] = None
             yield result
         total = batch.counts.total if batch.counts is not None else 0
+        if isinstance(problem, LLMResponseError) and (len(came) < total or not total):
+            if (
+                not came or len(came) + spoiled != total
+            ):  # a page in its place, or a file that was cut
+                raise problem
+            account.close()
+            raise Spoiled(
+                f"batch {batch.id}: of its {total:,} results {spoiled:,} cannot be read: {problem}",
+                body=problem.body,
+                provider=batch.provider,
+            )
         if batch.status == "completed" and len(came) < total:
             raise Incomplete(
                 f"batch {batch.id} has {total:,} results, and only {len(came):,} came; read them again"
@@ -777,7 +789,8 @@ class Batches:
         _, call = self._about(over, where)
         names = {batch_wire(call.target).custom_id(key): key for key in keys}
         with closing(self._outcomes(over, call)) as outcomes:
-            return next((names.get(custom_id) for custom_id, _ in outcomes), None)
+            found = (custom_id for custom_id, _ in outcomes if custom_id is not None)
+            return next((names.get(custom_id) for custom_id in found), None)
 
     def _result(
         self,

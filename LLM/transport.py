@@ -17,6 +17,7 @@ import os
 import queue
 import socket
 import ssl
+import sys
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
@@ -153,6 +154,8 @@ class Exchange:
 
 
 def _shut_down(sock: Any) -> None:
+    if not isinstance(sock, socket.socket):  # TLS within the TLS of a proxy
+        sock = getattr(sock, "socket", sock)
     with suppress(OSError, TypeError):  # not connected yet, or gone already
         # Not SSLSocket.shutdown: it would make the reader take ciphertext for the answer.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
@@ -183,19 +186,23 @@ class Watchdog:
     def watch(self, exchange: Exchange) -> None:
         self._watched[exchange] = None
         if self._parked:
-            self._rouse()
+            try:
+                self._rouse()
+            except RuntimeError as error:  # the next call tries again
+                self.unwatch(exchange)
+                raise LLMError(f"the system does not give a thread: {error}") from None
 
     def unwatch(self, exchange: Exchange) -> None:
         self._watched.pop(exchange, None)
 
     def _rouse(self) -> None:
         with self._lock:
-            self._parked = False
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="LLM-watchdog", daemon=True)
-                self._thread.start()
-            else:
-                self._wake.set()
+                thread = threading.Thread(target=self._run, name="LLM-watchdog", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._parked = False
+            self._wake.set()
 
     def _run(self) -> None:
         idle = 0
@@ -407,6 +414,12 @@ class _Response(http.client.HTTPResponse):
         """Whether bytes after the answer were read already; those that were not the pool sees itself."""
         if self._held:
             return True
+        if not isinstance(self._wire, socket.socket):  # it does not tell what it has decrypted
+            try:
+                self._wire.settimeout(0)
+                return bool(self.fp.peek(1))
+            except (OSError, ValueError):
+                return False
         self.fp.raw.readinto = _nothing  # type: ignore[method-assign]  # `peek` asks it if its buffer is empty
         pending = getattr(self._wire, "pending", None)  # what TLS has decrypted
         return bool(self.fp.peek(1)) or (pending is not None and pending() > 0)
@@ -513,7 +526,8 @@ class _Wire(HTTPConnection):
         for each of them other threads take the interpreter, and this one has to wait for it.
         """
         seconds = self.timeout
-        if _current.exchange is not None and (seconds is None or seconds >= _PRECISE):
+        watched = _current.exchange is not None and not sys.is_finalizing()
+        if watched and isinstance(self.sock, socket.socket) and (seconds or _PRECISE) >= _PRECISE:
             seconds = None
         if self.sock.gettimeout() != seconds:
             self.sock.settimeout(seconds)
@@ -640,10 +654,15 @@ class _Pool(HTTPConnectionPool):
     def _put_conn(self, conn: Any) -> None:
         if conn is not None and getattr(conn, "tainted", False):
             conn.close()
-        if conn is not None and self.pool is not None and self.pool.full() and not self.block:
-            conn.close()  # urllib3 would do so with a warning in the user's log
+        pool = self.pool
+        if pool is None or self.block:
+            super()._put_conn(conn)
             return
-        super()._put_conn(conn)
+        try:
+            pool.put(conn, block=False)
+        except queue.Full:  # of which urllib3 would warn in the user's log
+            if conn is not None:
+                conn.close()
 
 
 class _SecurePool(_Pool, HTTPSConnectionPool):
@@ -1068,6 +1087,8 @@ class WireStream:
 
 
 def _no_redirect(response: requests.Response, **_: Any) -> None:
+    # The first of the hooks. Those of the user may send requests of their own, which are not this exchange.
+    _current.exchange = None
     # requests would read the whole body of a redirect, however long, even when told not to follow.
     response.headers.pop("location", None)
 

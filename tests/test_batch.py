@@ -126,6 +126,28 @@ def test_in_order_a_thousand_go_on_while_a_slow_item_holds_its_place(concurrency
     assert len(taken) <= ahead
 
 
+def test_a_lead_that_a_slow_item_made_is_not_kept():
+    slow, taken = threading.Event(), []
+
+    def ask(request):
+        if request["messages"][0]["content"] == "item 0":
+            assert slow.wait(30)
+        return echo(request)
+
+    def source():
+        for text in words(5000):
+            taken.append(text)
+            if len(taken) == 900:
+                slow.set()
+            yield text
+
+    results = run(ask, source(), concurrency=4)
+    handed = [next(results).index for _ in range(2000)]
+    results.close()
+    assert handed == list(range(2000))
+    assert len(taken) < 2000 + 100
+
+
 def test_no_more_is_asked_at_a_time_than_said():
     now, most, lock = 0, 0, threading.Lock()
 

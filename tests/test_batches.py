@@ -553,13 +553,13 @@ def test_a_file_that_ends_early_at_a_line_is_no_success(raw):
 @pytest.mark.parametrize("bad", [b"<html>", b"{}", b"[1]", b'{"custom_id":5,"response":null}'])
 def test_a_line_that_is_no_result_is_a_response_error(raw, bad):
     def answer(connection, number):
-        first, *others = lines_of(3)
-        body = raw_batch() if number == 1 else b"\n".join([first, bad, *others])
+        first, _, last = lines_of(3)
+        body = raw_batch() if number == 1 else b"\n".join([first, bad, last])
         connection.sendall(plain(body))
 
     with LLM(base_url=raw(answer).url, model="m") as llm:
         results = llm.batches.results("b1")
-        assert [next(results).text for _ in range(3)] == ["0", "1", "2"]
+        assert [next(results).text for _ in range(2)] == ["0", "2"]
         with pytest.raises(LLMResponseError, match="no result of a batch"):
             next(results)
 
@@ -668,6 +668,39 @@ def test_a_batch_that_fails_makes_results_with_errors(server):
     with client(server.url, "openai") as llm:
         results = mapped(llm)
     assert [r.error.code for r in results] == ["batch_failed"] * 3
+
+
+@pytest.mark.parametrize(
+    "spoiled", [b"<html>\nOne moment\nplease", b"\n".join(lines_of(2))[:-9], b"<html>"]
+)
+def test_a_page_or_a_cut_file_in_the_place_of_results_loses_no_batch(raw, tmp_path, spoiled):
+    asked = []
+
+    def answer(connection, number):
+        asked.append(number)
+        said = [b'{"id":"f0"}', raw_batch(), raw_batch(), spoiled, raw_batch()]
+        whole = b"\n".join(lines_of(3))
+        connection.sendall(plain(said[number - 1] if number <= len(said) else whole))
+
+    with LLM(base_url=raw(answer).url, model="m") as llm:
+        with pytest.raises(LLMResponseError):
+            mapped(llm, ["a", "b", "c"], journal=tmp_path / "j")
+        results = mapped(llm, ["a", "b", "c"], journal=tmp_path / "j")
+    assert [r.text for r in results] == ["0", "1", "2"]
+    assert len(asked) == 6  # nothing was sent anew
+
+
+def test_a_line_too_many_does_not_keep_a_budget_reserved(raw):
+    said = [b'{"id":"f0"}', raw_batch(), raw_batch(), b"\n".join([b"<html>", *lines_of(3)])]
+
+    def answer(connection, number):
+        connection.sendall(plain(said[min(number, 4) - 1]))
+
+    with LLM(base_url=raw(answer).url, model="m", price=Price(1, 1)) as llm:
+        with llm.budget(usd=1) as budget:
+            results = mapped(llm, ["a", "b", "c"], max_tokens=5)
+        assert all(r.success for r in results)
+        assert budget.reserved_usd == 0
 
 
 def test_a_line_that_is_no_result_costs_its_own_item_only(raw):

@@ -22,8 +22,16 @@ import trustme
 import vcr
 from requests.adapters import HTTPAdapter
 
-from LLM import LLM, LLMConfig, LLMConnectionError, LLMError, LLMServerError, LLMTimeoutError
-from LLM.transport import WATCHDOG, Adapter, Exchange, is_loopback
+from LLM import (
+    LLM,
+    LLMCancelledError,
+    LLMConfig,
+    LLMConnectionError,
+    LLMError,
+    LLMServerError,
+    LLMTimeoutError,
+)
+from LLM.transport import WATCHDOG, Adapter, Exchange, Watchdog, is_loopback
 from tests.fakes import (
     AT_ONCE,
     CHAT,
@@ -639,3 +647,106 @@ def test_vcrpy_records_and_replays(server, tmp_path):
             assert "".join(stream.text_stream) == "hi there"
     assert len(server.requests) == 2
     assert KEY not in Path(cassette).read_text(encoding="utf-8")
+
+
+def test_a_hook_of_ones_own_session_may_ask_by_itself():
+    """Its request is another one: it has its own timeout, and the outer call keeps its socket and clock."""
+
+    def answer(connection, number):
+        if b"/side" in server.requests[-1]:
+            time.sleep(0.02)
+            connection.sendall(http(b"{}"))
+            return
+        head, _, body = http().partition(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n" + body[:10])  # and no more
+
+    with raw_server(answer) as server, requests.Session() as session:
+
+        def look(response, **_):
+            if "side" not in response.url:
+                assert session.post(f"{server.url}/side", data=b"x", timeout=60).json() == {}
+
+        session.hooks["response"].append(look)
+        with LLM(base_url=server.url, session=session, timeout=1.2, max_retries=0) as llm:
+            with pytest.raises(LLMTimeoutError):
+                llm.chat_completion(HELLO)
+
+
+def test_a_watchdog_that_could_not_start_starts_with_the_next_call(monkeypatch):
+    dog, start, failed = Watchdog(), threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name == "LLM-watchdog" and not failed:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr("LLM.transport.WATCHDOG", dog)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with raw_server(lambda c, n: time.sleep(5)) as server, client(server.url, timeout=1.1) as llm:
+        with pytest.raises(LLMError, match="does not give a thread: can't start new thread"):
+            llm.chat_completion(HELLO)
+        with pytest.raises(LLMTimeoutError):
+            llm.chat_completion(HELLO)
+
+
+@contextmanager
+def https_proxy(context):
+    """A proxy that is itself reached by TLS: TLS to a server goes through it within TLS."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source, sink):
+        with contextlib.suppress(OSError, ValueError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(end, socket.SHUT_RDWR)
+
+    def serve(connection):
+        with contextlib.suppress(OSError):
+            near, head = context.wrap_socket(connection, server_side=True), b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += near.recv(4096)
+            host, _, port = head.split()[1].decode().rpartition(":")
+            far = socket.create_connection((host, int(port)))
+            near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            threading.Thread(target=pump, args=(far, near), daemon=True).start()
+            pump(near, far)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancel"])
+def test_a_call_through_tls_within_tls_ends_in_time(tmp_path, how):
+    def answer(connection, _):
+        connection.sendall(stream_head("connection: close") + chunk("a"))
+        connection.recv(1)  # and no more
+
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    server = RawServer(answer, context)
+    settings = {
+        "verify": str(tmp_path / "authority.pem"),
+        "timeout": 1.1 if how == "timeout" else 60,
+    }
+    with https_proxy(context) as proxy, contextlib.closing(server):
+        url = server.url.replace("http:", "https:")
+        with client(url, proxies={"https": proxy}, **settings) as llm:
+            stream = llm.stream(HELLO)
+            assert next(stream).text_delta == "a"
+            if how == "cancel":
+                threading.Timer(0.1, stream.cancel).start()
+            with pytest.raises(LLMTimeoutError if how == "timeout" else LLMCancelledError):
+                next(stream)
