@@ -95,5 +95,5 @@ clean:  ## remove all that these targets made
 	@echo 'installing the oldest:' `cat .venv-lowest/floors.txt`; .venv-lowest/bin/python $(PIP) --constraint .venv-lowest/floors.txt --only-binary pydantic-core --editable '.[cli,docs,test]'
 	@touch $@
 
-.PHONY: help install demo demo-budget serve test cover lint format docs bench test-lowest soak clean
+.PHONY: help install demo demo-batch demo-budget serve test cover lint format docs bench test-lowest soak clean
 .DELETE_ON_ERROR:

@@ -576,7 +576,8 @@ def _create_key(args: argparse.Namespace) -> int:
         )
     print(secret, flush=True)
     print(
-        f"This is the key {key.name!r} of {key.owner!r}. Keep it now: only a hash of it is stored.\n"
+        f"This is the key {key.name!r} of {key.owner!r}, for the service with the database {store.url}. "
+        "Keep it now: only a hash of it is stored.\n"
         "It goes into the page when it asks, and into the header `Authorization: Bearer …`.",
         file=sys.stderr,
     )

@@ -47,7 +47,10 @@ Reason = Literal[
 # Messages in which a text is looked for inside words, which no index helps with: some 50 ms.
 _INSIDE: Final = 20_000
 
-_READERS: Final = 4  # connections to a SQLite file that only read
+# Connections to a SQLite file that only read: so many are kept, and so many more are opened when many threads
+# read at once, for the pool serves whoever comes first, and not who waits longest.
+_READERS: Final = 4
+_MORE_READERS: Final = 60
 
 # Characters of a search that are looked at; SQLite takes a pattern of 50,000 bytes.
 _MAX_QUERY = 1000
@@ -346,7 +349,7 @@ class Store:
             self._address,
             poolclass=QueuePool,
             pool_size=connections,
-            max_overflow=0,
+            max_overflow=0 if connections == 1 else _MORE_READERS,
             pool_timeout=seconds,
             connect_args={"check_same_thread": False, "timeout": seconds},
             hide_parameters=True,
@@ -1058,6 +1061,8 @@ def _create(path: str) -> None:
 def _prepare(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # the transactions are begun here, see below
     connection.execute("PRAGMA foreign_keys = ON")
+    # Bytes that the log of writes may keep on disk; while long reads overlap it grows without end.
+    connection.execute(f"PRAGMA journal_size_limit = {64 << 20}")
     # SQLite's own knows ASCII only.
     connection.create_function("lower", 1, lambda text: text and text.lower(), deterministic=True)
 

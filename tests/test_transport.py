@@ -705,14 +705,17 @@ def https_proxy(context):
 
     def serve(connection):
         with contextlib.suppress(OSError):
-            near, head = context.wrap_socket(connection, server_side=True), b""
-            while not head.endswith(b"\r\n\r\n"):
-                head += near.recv(4096)
-            host, _, port = head.split()[1].decode().rpartition(":")
-            far = socket.create_connection((host, int(port)))
-            near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-            threading.Thread(target=pump, args=(far, near), daemon=True).start()
-            pump(near, far)
+            with context.wrap_socket(connection, server_side=True) as near:
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    head += near.recv(4096)
+                host, _, port = head.split()[1].decode().rpartition(":")
+                with socket.create_connection((host, int(port))) as far:
+                    near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    back = threading.Thread(target=pump, args=(far, near), daemon=True)
+                    back.start()
+                    pump(near, far)
+                    back.join()
 
     def accept():
         with contextlib.suppress(OSError):

@@ -624,7 +624,7 @@ class Answers:
         text, usage = answer.text, _usage_of(error)
         if isinstance(error, StoreError):  # what could not be stored is not stored in pieces
             text = ""
-        elif text or error.maybe_billed:
+        elif text or any(getattr(link, "maybe_billed", False) for link in _chain(error)):
             self._record(answer.caller.owner, answer.model, usage, None, complete=False)
         log.log(logging.INFO if stopped else logging.WARNING, "an answer ended early: %s", error)
         answer.status = "partial"

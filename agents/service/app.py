@@ -157,12 +157,11 @@ def _tell(request: Request, problem: Problem) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     if not isinstance(error, Problem):
         assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
-        error = Problem(
-            error.status_code,
-            {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Refused"),
-            str(error.detail),
-            headers=error.headers,
-        )
+        title, detail = {
+            404: ("Not found", "there is nothing at this path"),
+            405: ("Method not allowed", f"this path takes no {request.method}"),
+        }.get(error.status_code, ("Refused", str(error.detail)))
+        error = Problem(error.status_code, title, detail, headers=error.headers)
     return _tell(request, error)
 
 

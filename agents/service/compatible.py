@@ -87,7 +87,7 @@ _REFUSALS: Final = {
     401: "No key, or an unknown one",
     402: "The budget does not allow it, nothing was asked (Anthropic's form)",
     404: "No such model",
-    413: "The body is too long (as problem details, if `Content-Length` says so)",
+    413: "The body is too long",
     429: "Too many requests: `Retry-After` says when; in OpenAI's form also a budget that is used up, "
     "`insufficient_quota`",
     502: "The model server fails",

@@ -103,7 +103,7 @@ class Talks:
         """Store messages of an answer, once, however often it is tried.
 
         Args:
-            also: what else is written in this transaction, if the messages are; `None`: nothing.
+            also: what else is written in this transaction, once; `None`: nothing.
             last: they are the last ones: the conversation is free with the same write.
 
         Returns:
@@ -132,6 +132,9 @@ class Talks:
             there = [s for s in stored if s.number >= found]
             cut = len(there) == 1 and there[0].status == "partial"
             if not cut or messages[0].status == "partial":
+                # These went unstored if a part of them, stored by another process, is what is found.
+                if also is not None and there and there[0].status == "partial":
+                    also()
                 return revision, there
             # Another process took this one for gone, and stored as much as it knew of.
             name, replacing = f"{name}:whole", found
