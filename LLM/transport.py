@@ -192,6 +192,10 @@ class Watchdog:
                 self.unwatch(exchange)
                 raise LLMError(f"the system does not give a thread: {error}") from None
 
+    def watches(self, exchange: Exchange) -> bool:
+        """Whether it will be ended when it is due."""
+        return exchange in self._watched
+
     def unwatch(self, exchange: Exchange) -> None:
         self._watched.pop(exchange, None)
 
@@ -1040,6 +1044,9 @@ class WireStream:
             LLMConnectionError: the stream broke, a clock ran out, or it was stopped.
         """
         data = b""
+        if not WATCHDOG.watches(self._exchange):  # a forked child: the stream is its parent's
+            self._exchange.stopped = self._exchange.stopped or "closed"
+            raise translate(OSError("stopped"), self._exchange, self._request, None)
         try:
             while not data:
                 raw = self._body.read()

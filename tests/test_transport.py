@@ -753,3 +753,27 @@ def test_a_call_through_tls_within_tls_ends_in_time(tmp_path, how):
                 threading.Timer(0.1, stream.cancel).start()
             with pytest.raises(LLMTimeoutError if how == "timeout" else LLMCancelledError):
                 next(stream)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_is_refused_its_parents_stream_and_leaves_it_whole():
+    """In the child nothing would end a read that gets no answer."""
+    more = threading.Event()
+
+    def answer(connection, _):
+        connection.sendall(stream_head("connection: close") + chunk("one "))
+        more.wait(30)
+        connection.sendall(chunk("two", finish_reason="stop") + b"data: [DONE]\n\n")
+
+    with raw_server(answer) as server, client(server.url, timeout=20) as llm:
+        stream = llm.stream(HELLO)
+        assert next(stream).text_delta == "one "
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(LLMCancelledError):
+                next(stream)
+                os._exit(1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        more.set()
+        assert stream.response.text == "one two"
