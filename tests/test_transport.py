@@ -676,9 +676,11 @@ def test_a_watchdog_that_could_not_start_starts_with_the_next_call(monkeypatch):
     dog, start, failed = Watchdog(), threading.Thread.start, []
 
     def refuse(thread):
-        if thread.name == "LLM-watchdog" and not failed:
-            failed.append(thread)
-            raise RuntimeError("can't start new thread")
+        if thread.name == "LLM-watchdog":
+            if not failed:
+                failed.append(thread)
+                raise RuntimeError("can't start new thread")
+            thread.name = "a watchdog of this test"  # it outlives it
         start(thread)
 
     monkeypatch.setattr("LLM.transport.WATCHDOG", dog)
